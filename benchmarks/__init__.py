@@ -1,0 +1,1 @@
+"""Measurements of what edge_ser ships; run from a checkout with ``python -m benchmarks``."""

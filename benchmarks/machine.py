@@ -1,0 +1,70 @@
+"""What a result must say about the machine and the software that it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import edge_ser
+from edge_ser.engines import has_vnni
+
+ROOT = Path(__file__).parent.parent  # the checkout
+
+
+def describe() -> dict[str, Any]:
+    """Return the machine as a JSON object.
+
+    Its ``load_average`` is that of the last minute: 0 where nothing else ran before.
+    """
+    return {
+        "cpu": cpu_model(),
+        "architecture": platform.machine(),
+        "vnni": has_vnni(),
+        "cores": os.cpu_count(),
+        "memory_mb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6),
+        "os": platform.platform(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def cpu_model(
+    cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = Path("/proc/device-tree/model")
+) -> str:
+    """Return the name of the processor; on ARM, which does not tell it, that of the board."""
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+        return board.read_text().strip("\0\n")
+    except OSError:
+        return platform.processor() or "unknown"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of Python, edge_ser and those of the packages that are installed."""
+    found = {"python": platform.python_version(), "edge_ser": edge_ser.__version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path = ROOT) -> str:
+    """Return the git commit of a checkout, with ``+changes`` where files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + "+changes" * bool(git("status", "-s"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

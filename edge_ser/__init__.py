@@ -1,0 +1,31 @@
+"""Speech emotion recognition on the device.
+
+Example:
+    >>> from edge_ser import Recognizer
+    >>> Recognizer.load().predict("clip.wav").label
+"""
+
+from edge_ser.errors import (
+    AudioError,
+    BundleError,
+    DeviceError,
+    EdgeSerError,
+    EngineError,
+    MissingDependency,
+)
+from edge_ser.prediction import Prediction, Window
+from edge_ser.recognizer import Recognizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AudioError",
+    "BundleError",
+    "DeviceError",
+    "EdgeSerError",
+    "EngineError",
+    "MissingDependency",
+    "Prediction",
+    "Recognizer",
+    "Window",
+]

@@ -1,0 +1,235 @@
+"""The command ``edge-ser``: results on stdout, everything else on stderr.
+
+Exit status: 0 done, 1 something failed and a line says what, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from edge_ser import __version__
+from edge_ser.bundle import FP32_GRAPH, Bundle
+from edge_ser.errors import EdgeSerError
+from edge_ser.recognizer import Recognizer
+from edge_ser.samples import sample_paths
+
+_EXAMPLES = """examples:
+  edge-ser predict --sample              classify the clips that come with the package
+  edge-ser predict a.wav b.flac --json   one JSON object a line
+  edge-ser predict a.wav --bundle tiny   the small model; or the folder of your own
+  edge-ser verify                        is the model complete, and right on this processor?
+  edge-ser bench --threads 1             how fast is it here?
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except EdgeSerError as exc:
+        _complain(str(exc), args.debug)
+    except BrokenPipeError:  # the reader, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _predict(args: argparse.Namespace) -> int:
+    files = [*args.files, *(map(str, sample_paths()) if args.sample else ())]
+    if not files:
+        args.usage("give a FILE, or --sample")
+    recognizer = _load(args)
+    width = max(map(len, files))
+    label_width = max(map(len, recognizer.metadata.labels))
+    refused = 0
+    for file in files:
+        try:
+            prediction = recognizer.predict(file)
+        except EdgeSerError as exc:
+            refused += 1
+            _complain(str(exc), args.debug)
+            if args.json:
+                print(json.dumps({"file": file, "error": str(exc)}), flush=True)
+            continue
+        if args.json:
+            print(json.dumps({"file": file, **prediction.to_json()}), flush=True)
+        else:
+            answer = f"{prediction.label:{label_width}}  {prediction.confidence:6.1%}"
+            doubt = "  uncertain" if prediction.uncertain else ""
+            print(f"{file:{width}}  {answer}{doubt}", flush=True)
+    return 1 if refused else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    metadata = bundle.metadata
+    if args.json:
+        print(json.dumps({"path": str(bundle.path), **metadata.to_json()}))
+        return 0
+    rows = {
+        "name": metadata.name,
+        "path": bundle.path,
+        "labels": ", ".join(metadata.labels),
+        "rate": f"{metadata.sample_rate_hz} Hz",
+        "windows": f"{metadata.window_s:g} s, one every {metadata.hop_s:g} s",
+        "uncertain": f"below {metadata.abstain_below:.1%}",
+        "corpora": ", ".join(corpus.get("name", "?") for corpus in metadata.corpora) or "none",
+    }
+    for key, value in rows.items():
+        print(f"{key:9}  {value}")
+    for name in metadata.files:
+        file = bundle.path / name
+        size = f"{file.stat().st_size / 1e6:.2f} MB" if file.exists() else "not here (optional)"
+        print(f"{'file':9}  {name:20}  {size}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from edge_ser.engines import open_engine
+    from edge_ser.selftest import TOLERANCE, deviation
+
+    checks: list[dict[str, Any]] = []
+
+    def report(check: str, ok: bool, detail: str) -> None:
+        checks.append({"check": check, "ok": ok, "detail": detail})
+        if not args.json:
+            print(f"{'ok' if ok else 'FAILED':6}  {check:14}  {detail}")
+
+    check = "hashes"
+    try:
+        bundle = Bundle.open(args.bundle)
+        present = [name for name in bundle.metadata.files if (bundle.path / name).exists()]
+        report(check, True, f"{len(present)} files of {str(bundle.path)!r}")
+        for precision in ["int8"] + ["fp32"] * (FP32_GRAPH in present):
+            check = f"labels {precision}"
+            engine = open_engine(bundle, precision=precision)
+            report(check, True, ", ".join(bundle.metadata.labels))
+            check = f"self-test {precision}"
+            off = deviation(bundle, engine)
+            detail = (
+                f"{engine.graph} is off by {off:.2g} of the largest logit (allowed: {TOLERANCE:g})"
+            )
+            report(check, off <= TOLERANCE, detail)
+    except EdgeSerError as exc:  # the checks that follow would rest on this one
+        if args.debug:
+            traceback.print_exc()
+        report(check, False, str(exc))
+    passed = all(check["ok"] for check in checks)
+    if args.json:
+        print(json.dumps({"bundle": str(args.bundle), "ok": passed, "checks": checks}))
+    return 0 if passed else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from edge_ser import timing
+
+    began = time.perf_counter()
+    recognizer = _load(args)
+    load_ms = (time.perf_counter() - began) * 1e3
+    times_ms = timing.measure(recognizer, args.seconds, args.runs)
+    metadata, graph = recognizer.metadata, recognizer.engine.graph
+    result: dict[str, Any] = {
+        "bundle": metadata.name,
+        "graph": graph,
+        "graph_sha256": metadata.files[graph.removesuffix(" (float)")].sha256,
+        "device": recognizer.engine.device,
+        "threads": args.threads,
+        "seconds": args.seconds,
+        "runs": args.runs,
+        "load_ms": load_ms,
+        "peak_memory_mb": timing.peak_memory_mb(),
+        **{name: timing.summary(samples) for name, samples in times_ms.items()},
+    }
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    threads = args.threads or "all"
+    print(f"{graph} of {metadata.name} on {result['device']}, threads: {threads}")
+    print(f"{args.seconds:g} s of noise, {args.runs} runs; load {load_ms:.0f} ms, ", end="")
+    print(f"peak memory {result['peak_memory_mb']:.0f} MB")
+    print(f"{'ms':10}  {'p50':>8}  {'p90':>8}  {'p99':>8}")
+    for name in times_ms:
+        values = (result[name][f"p{percent}_ms"] for percent in (50, 90, 99))
+        print(f"{name:10}  " + "  ".join(f"{value:8.2f}" for value in values))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Recognizer:
+    return Recognizer.load(
+        args.bundle, precision=args.precision, threads=args.threads, device=args.device
+    )
+
+
+def _complain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"edge-ser: {line}", file=sys.stderr, flush=True)
+
+
+def _at_least(kind: type, least: float) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < float("inf"):
+            whole = "a whole number, " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r}; allowed: {whole}{least:g} or more")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="edge-ser",
+        description="Speech emotion recognition on the device.",
+        epilog=_EXAMPLES,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edge-ser {__version__}")
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument(
+        "--bundle", default="default", metavar="NAME|DIR", help="embedded model or folder (default)"
+    )
+    every.add_argument("--json", action="store_true", help="print JSON")
+    every.add_argument("--debug", action="store_true", help="print tracebacks as well")
+    engine = argparse.ArgumentParser(add_help=False)
+    engine.add_argument("--precision", choices=("int8", "fp32"), default="int8")
+    engine.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    engine.add_argument(
+        "--threads", type=_at_least(int, 1), metavar="N", help="default: one a core"
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> Any:
+        added = verbs.add_parser(
+            name, help=text, description=text, parents=[*parents, every], epilog=_EXAMPLES,
+            formatter_class=formatter,
+        )  # fmt: skip
+        added.set_defaults(run=run, usage=added.error)
+        return added
+
+    predict = verb("predict", _predict, "Name the emotion of audio files.", engine)
+    predict.add_argument("files", nargs="*", metavar="FILE", help="WAV, FLAC, Ogg, MP3, AIFF, AU")
+    predict.add_argument(
+        "--sample", action="store_true", help="the clips that come with the package"
+    )
+    verb("info", _info, "Show what a bundle is.")
+    verb("verify", _verify, "Check a bundle: hashes, labels, self-test.")
+    bench = verb("bench", _bench, "Measure latency and memory here.", engine)
+    bench.add_argument("--seconds", type=_at_least(float, 0.4), default=3.0, help="of audio (3)")
+    bench.add_argument("--runs", type=_at_least(int, 1), default=200, help="measured runs (200)")
+    return parser

@@ -1,0 +1,125 @@
+"""ONNX Runtime. Its exceptions become ours here, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_ser.errors import BundleError, DeviceError, EngineError, MissingDependency
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxEngine:
+    """Runs an ONNX graph: input ``samples`` (N, T), outputs ``logits`` (N, C) and ``embedding``.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        graph: The name of the file, with ``" (float)"`` behind it when its INT8 layers run so.
+        classes: C, how many logits a window has.
+        properties: The graph's ``metadata_props``.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        float_arithmetic: bool = False,
+    ) -> None:
+        """Open a graph.
+
+        Args:
+            graph: The ONNX file. Its weights may lie in files beside it.
+            threads: How many threads compute, 1 or more; None means one for each core.
+            device: ``"cpu"`` or ``"cuda"``.
+            float_arithmetic: Compute quantized layers in float: the same rounding, no INT8 kernels.
+
+        Raises:
+            BundleError: The graph cannot be opened, or has other inputs or outputs.
+            DeviceError: The device is not there.
+            EngineError: ``threads`` is not allowed.
+            MissingDependency: ONNX Runtime is not installed.
+        """
+        try:
+            import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as exc:
+            line = 'onnxruntime is not installed; run: pip install "edge-ser[cpu]"'
+            raise MissingDependency(line) from exc
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise EngineError(
+                f"threads is {threads!r}; allowed: 1 or more, or None for one per core"
+            )
+        provider = _provider(device, onnxruntime.get_available_providers())
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails arrives as an exception, once
+        options.intra_op_num_threads = threads or 0
+        # A waiting thread must not burn a core: on a robot the other processes need it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if float_arithmetic:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(graph), options, providers=[provider], enable_fallback=0
+            )
+        except Exception as exc:  # ONNX Runtime's exceptions share no other base
+            raise BundleError(f"{str(graph)!r} cannot be opened: {_first_line(exc)}") from exc
+        if self._session.get_providers()[0] != provider:
+            raise DeviceError(f"ONNX Runtime could not start {provider}; check its libraries")
+        self.device = device
+        self.graph = f"{graph.name} (float)" if float_arithmetic else graph.name
+        self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.classes = self._check_shapes(graph)
+
+    def _check_shapes(self, graph: Path) -> int:
+        """Refuse a graph with other inputs or outputs; return the number of classes."""
+
+        def require(valid: bool, nodes: Any, allowed: str) -> None:
+            if not valid:
+                got = ", ".join(f"{node.name!r} {node.type} {node.shape}" for node in nodes)
+                raise BundleError(f"{str(graph)!r} has {got}; allowed: {allowed}")
+
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        found = [(node.name, node.type, len(node.shape)) for node in inputs]
+        valid = found == [("samples", "tensor(float)", 2)]
+        valid = valid and not any(type(size) is int for size in inputs[0].shape)
+        require(valid, inputs, "one input, 'samples' tensor(float) ['N', 'T'], both of any size")
+        shapes = {node.name: node.shape for node in outputs if node.type == "tensor(float)"}
+        logits, embedding = shapes.get("logits", []), shapes.get("embedding", [])
+        valid = len(logits) == len(embedding) == 2 and type(logits[1]) is int
+        allowed = "'logits' tensor(float) ['N', classes], 'embedding' tensor(float) ['N', D]"
+        require(valid, outputs, allowed)
+        return int(logits[1])
+
+    def run(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits (N, C) of samples (N, T); see `Engine`."""
+        try:
+            (logits,) = self._session.run(["logits"], {"samples": samples})
+        except Exception as exc:  # ONNX Runtime's exceptions share no other base
+            raise EngineError(f"{self.graph} failed on {self.device}: {_first_line(exc)}") from exc
+        return logits  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Release the session; see `Engine`."""
+        del self._session
+
+
+def _provider(device: str, available: list[str]) -> str:
+    """Return ONNX Runtime's name for a device that is there."""
+    if device not in _PROVIDERS:
+        raise DeviceError(f"device is {device!r}; allowed: {', '.join(_PROVIDERS)}")
+    if _PROVIDERS[device] not in available:
+        raise DeviceError(
+            f"device {device!r} needs {_PROVIDERS[device]}, this ONNX Runtime has "
+            f'{", ".join(available)}; use cpu, or pip install "edge-ser[gpu]"'
+        )
+    return _PROVIDERS[device]
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).partition("\n")[0]

@@ -1,0 +1,1 @@
+"""Model making: corpora, training, distillation, quantization and certification of bundles."""

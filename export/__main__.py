@@ -1,0 +1,87 @@
+"""``python -m export``: the command line of model making."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_ser.errors import EdgeSerError
+
+EXAMPLES = """examples:
+  python -m export run export/recipes/default.toml --corpora DIR --weights DIR --out DIR
+  python -m export run export/recipes/tiny.toml --corpora DIR --weights DIR --out DIR --seeds 0,1,2
+  python -m export run export/recipes/default.toml ... --from quantize
+
+A run that was stopped goes on where it was; a stage whose inputs have not changed is not repeated.
+The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAME/seedN/bundle
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Make and certify bundles: speech corpora in, an INT8 bundle out.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = top.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser(
+        "run",
+        help="run a recipe, from the corpora to the bundle",
+        description="Run a recipe, from the corpora to the bundle.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", type=Path, help="a TOML file, such as export/recipes/default.toml")
+    run.add_argument("--corpora", type=Path, required=True, help="folder with a folder a corpus")
+    run.add_argument("--weights", type=Path, help="folder of checkpoints; without it: hub ids")
+    run.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
+    run.add_argument(
+        "--seeds", type=_seeds, default=(0,), help="one or more, such as 0,1,2 (default: 0)"
+    )
+    stages = run.add_mutually_exclusive_group()
+    stages.add_argument("--only", metavar="STAGE", help="make this stage again, then stop")
+    stages.add_argument("--from", dest="start", metavar="STAGE", help="make it and all later again")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers, such as 0,1,2")
+    return seeds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after a failure."""
+    args = parser().parse_args(argv)
+    from export.seeds import run_seeds
+
+    try:
+        run_seeds(
+            args.recipe,
+            args.corpora,
+            args.weights,
+            args.out,
+            args.seeds,
+            only=args.only,
+            start=args.start,
+        )
+    except EdgeSerError as exc:
+        if args.debug:
+            raise
+        print(f"export: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("export: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

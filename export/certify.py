@@ -1,0 +1,176 @@
+"""The certificate: full precision and INT8 on the test speakers, scored once, and the gate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+
+from edge_ser.bundle import Metadata, sha256
+from edge_ser.engines.onnx import OnnxEngine
+from edge_ser.recognizer import Recognizer
+from export import metrics
+from export.corpora import Clip
+from export.errors import CertificateError
+from export.scores import score
+from export.splits import pooled
+
+UA_KEPT = 0.99  # of the pooled UA of full precision, as MLPerf Inference asks of quantized models
+LABELS_EQUAL = 0.98  # of the clips
+
+SYSTEMS = {"fp32": "model.onnx", "int8": "model_int8.onnx", "int8_x86": "model_int8_x86.onnx"}
+
+
+def predict(
+    metadata: Metadata, graph: Path, clips: Sequence[Clip], done: Any = None
+) -> npt.NDArray[np.float64]:
+    """Return the probs (N, C) of clips, as the runtime predicts them with one graph.
+
+    Args:
+        metadata: Labels, windows and temperature.
+        graph: The ONNX file.
+        clips: N clips.
+        done: A progress bar.
+    """
+    recognizer = Recognizer(metadata, OnnxEngine(graph))
+    rows = []
+    for clip in clips:
+        rows.append(list(recognizer.predict(clip.path).probs.values()))
+        if done is not None:
+            done.update()
+    return np.array(rows)
+
+
+def compare(
+    fp32: npt.NDArray[np.float64],
+    int8: npt.NDArray[np.float64],
+    clips: Sequence[Clip],
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Say what INT8 costs: both are probs (N, C) of the same clips.
+
+    Returns:
+        ``ua_kept`` (pooled UA of INT8 over that of fp32), ``labels_equal`` (share of all clips),
+        the paired difference of the pooled UA with its interval, McNemar's test, the recall lost
+        by label, and whether the gate is ``passed``.
+    """
+    kept = set(pooled(clips))
+    inside = np.array([clip in kept for clip in clips])
+    true = np.array([labels.index(clip.emotion) for clip in clips])[inside]
+    before, after = fp32.argmax(axis=1)[inside], int8.argmax(axis=1)[inside]
+    speakers = [clip.speaker_key for clip in clips if clip in kept]
+    corpora = [clip.corpus for clip in clips if clip in kept]
+    matrices = [metrics.confusion(true, answer, len(labels)) for answer in (before, after)]
+    lost = metrics.recalls(matrices[0]) - metrics.recalls(matrices[1])
+    ua_kept = float(metrics.ua(matrices[1]) / metrics.ua(matrices[0]))
+    equal = float((fp32.argmax(axis=1) == int8.argmax(axis=1)).mean())
+    return {
+        "ua_kept": ua_kept,
+        "labels_equal": equal,
+        "ua_difference": asdict(
+            metrics.ua_difference(true, after, before, len(labels), speakers, corpora)
+        ),
+        "mcnemar": asdict(metrics.mcnemar(true, after, before)),
+        "recall_lost": {
+            label: float(value)
+            for label, value in zip(labels, lost, strict=True)
+            if not np.isnan(value)
+        },
+        "passed": ua_kept >= UA_KEPT and equal >= LABELS_EQUAL,
+    }
+
+
+def certify(
+    metadata: Metadata,
+    graphs: Path,
+    clips: Sequence[Clip],
+    masks: Mapping[str, npt.NDArray[np.bool_]],
+    done: Any = None,
+) -> dict[str, Any]:
+    """Score every graph of a folder on the test clips and compare the INT8 ones with fp32.
+
+    Args:
+        metadata: Labels, windows and temperature.
+        graphs: Folder of the files in `SYSTEMS`.
+        clips: The test clips.
+        masks: For every corpus the labels that it has.
+        done: A progress bar, updated once a clip and graph.
+
+    Returns:
+        ``systems`` by name, each with its graph's SHA-256 and scores, and ``gate`` by INT8 graph.
+    """
+    labels = metadata.labels
+    probs = {name: predict(metadata, graphs / file, clips, done) for name, file in SYSTEMS.items()}
+    return {
+        "labels": list(labels),
+        "systems": {
+            name: {
+                "graph": SYSTEMS[name],
+                "sha256": sha256(graphs / SYSTEMS[name]),
+                **score(probs[name], clips, labels, masks),
+            }
+            for name in SYSTEMS
+        },
+        "gate": {
+            name: compare(probs["fp32"], probs[name], clips, labels)
+            for name in ("int8", "int8_x86")
+        },
+    }
+
+
+def check_gate(certificate: Mapping[str, Any]) -> None:
+    """Refuse a model that quantization cost too much.
+
+    Raises:
+        CertificateError: The gate was missed; the line names classes and layers.
+    """
+    for name, gate in certificate["gate"].items():
+        if gate["passed"]:
+            continue
+        classes = sorted(gate["recall_lost"], key=gate["recall_lost"].get, reverse=True)[:2]
+        layers = list(certificate["quantization"]["layer_error"])[:3]
+        raise CertificateError(
+            f"{name} keeps {gate['ua_kept']:.2%} of the UA (allowed: {UA_KEPT:.0%} or more) and "
+            f"{gate['labels_equal']:.2%} of the labels (allowed: {LABELS_EQUAL:.0%} or more); "
+            f"most recall is lost on {', '.join(classes)}; the largest errors are in the layers "
+            f"{', '.join(layers)}"
+        )
+
+
+def draw(certificate: Mapping[str, Any], file: Path) -> None:
+    """Draw the certificate: masked UA by corpus with intervals, and INT8's confusions."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    systems = {"fp32": "full precision", "int8_x86": "INT8"}
+    names = list(certificate["systems"]["fp32"]["corpora"])
+    for place, (system, title) in enumerate(systems.items()):
+        scores = certificate["systems"][system]
+        intervals = [scores["corpora"][name]["masked"]["ua"] for name in names]
+        intervals.append(scores["pooled"]["ua"])
+        values = np.array([interval["value"] for interval in intervals])
+        spread = np.abs([[i["low"], i["high"]] for i in intervals] - values[:, None]).T
+        where = np.arange(len(values)) + 0.38 * place
+        left.bar(where, values, 0.36, yerr=spread, capsize=3, label=title)
+    left.set_xticks(np.arange(len(names) + 1) + 0.19, [*names, "pooled\n(all labels)"])
+    left.set_ylim(0, 1)
+    left.set_ylabel("unweighted accuracy")
+    left.set_title("Test speakers, 95 % intervals")
+    left.legend()
+    whole = certificate["systems"]["int8_x86"]["pooled"]
+    matrix = np.array(whole["confusion"], float)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    right.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = certificate["labels"]
+    right.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+    right.set_yticks(range(len(labels)), labels)
+    for row, column in np.ndindex(*matrix.shape):
+        ink = "white" if shares[row, column] > 0.5 else "black"
+        right.text(column, row, int(matrix[row, column]), ha="center", va="center", color=ink)
+    right.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,71 @@
+"""How sure an answer is: the temperature and the abstain threshold, from validation clips only."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+
+from edge_ser.recognizer import probabilities
+from export.metrics import Floats, Ints, nll
+
+TEMPERATURES = (0.1, 10.0)
+"""Where a temperature is looked for; answers that are all right would drive it to zero."""
+
+
+def clip_probs(logits: Sequence[npt.NDArray[np.floating]], temperature: float = 1.0) -> Floats:
+    """Return the probs (N, C) of clips as the runtime computes them, from their windows' logits.
+
+    Args:
+        logits: Of each of N clips, shape (W, C) with W of its own.
+        temperature: Above 0.
+    """
+    starts = np.cumsum([0, *(len(windows) for windows in logits[:-1])])
+    counts = np.array([len(windows) for windows in logits])
+    of_windows = probabilities(np.concatenate(logits), temperature)
+    return np.add.reduceat(of_windows, starts) / counts[:, None]
+
+
+def fit_temperature(logits: Sequence[npt.NDArray[np.floating]], true: Ints) -> float:
+    """Return the temperature that makes the probs of clips most likely (Guo et al., ICML 2017).
+
+    All labels compete, also where a corpus lacks some: the runtime does not know the corpus.
+
+    Args:
+        logits: Of each of N validation clips, shape (W, C).
+        true: Class of each clip, shape (N,).
+
+    Returns:
+        The T in TEMPERATURES with the least negative log-likelihood of `clip_probs`, exact to about
+        1e-5 of its value. Above 1 the logits were too sure.
+    """
+    found = minimize_scalar(
+        lambda log_t: nll(clip_probs(logits, float(np.exp(log_t))), true),
+        bounds=np.log(TEMPERATURES),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def abstain_threshold(probs: Floats, true: Ints) -> float:
+    """Return the confidence below which an answer is called uncertain.
+
+    It is the largest threshold for which at most half of the answers below it are right: all that
+    is called uncertain, taken together, is then no better than a coin that knows the right label
+    and one wrong one.
+
+    Args:
+        probs: Of N validation clips, calibrated, shape (N, C).
+        true: Class of each clip, shape (N,).
+
+    Returns:
+        One of the confidences, or 1.0 if all answers below 1.0 are to be doubted, or 0.0 if no
+        threshold has this property: then no answer is uncertain.
+    """
+    confidence = probs.max(axis=1)
+    right = (probs.argmax(axis=1) == true)[np.argsort(confidence)]
+    thresholds = np.append(np.unique(confidence), 1.0)
+    below = np.searchsorted(np.sort(confidence), thresholds, side="left")
+    rights_below = np.concatenate([[0], np.cumsum(right)])[below]
+    doubtful = (below > 0) & (2 * rights_below <= below)
+    return float(thresholds[doubtful].max(initial=0.0))

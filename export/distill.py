@@ -1,0 +1,207 @@
+"""Distillation: a student learns the answers of its teacher on augmented speech, by the clock."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from export.model import Classifier, load_classifier
+from export.recipe import Distill, Recipe
+from export.train import (
+    CHECKPOINT,
+    Targets,
+    WeightAverage,
+    bucketed,
+    fast_bfloat16,
+    masked_cross_entropy,
+    one_cycle,
+    save_checkpoint,
+)
+from export.views import Arrays, Compute, Samples, View
+
+
+def load_teacher(recipe: Recipe, weights: Path | None, trained: Path) -> Compute:
+    """Return what computes a window's samples, and its teacher's logits and embedding."""
+    teacher = load_classifier(recipe, weights, trained)
+
+    @torch.no_grad()
+    def answer(samples: Samples) -> Arrays:
+        logits, embedding = teacher(torch.from_numpy(samples)[None])
+        # Half precision keeps samples beyond 1.0, which a gain can make and int16 would clip.
+        return {
+            "samples": samples.astype(np.float16),
+            "logits": logits[0].numpy(),
+            "embedding": embedding[0].numpy(),
+        }
+
+    return answer
+
+
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 times the divergence of softened answers (arXiv 1503.02531), both ``(N, C)``.
+
+    Args:
+        student: Logits.
+        teacher: Log-probs at the same temperature.
+        temperature: T.
+    """
+    answers = (student / temperature).log_softmax(dim=1)
+    divergence = functional.kl_div(answers, teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def hide(features: Tensor, rng: np.random.Generator, mask_mels: int, mask_frames: int) -> Tensor:
+    """SpecAugment: hide one band and one stretch of each clip behind the clip's mean.
+
+    Args:
+        features: Log-mel ``(N, mels, F)``; changed in place.
+        rng: Source of chance.
+        mask_mels: Widest band.
+        mask_frames: Longest stretch.
+    """
+    _, mels, frames = features.shape
+    for clip in features:
+        mean = clip.mean()
+        band, stretch = rng.integers(mask_mels + 1), rng.integers(min(mask_frames, frames) + 1)
+        low, start = rng.integers(mels - band + 1), rng.integers(frames - stretch + 1)
+        clip[low : low + band] = mean
+        clip[:, start : start + stretch] = mean
+    return features
+
+
+def pad_samples(samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
+    """Stack samples (T,) of any length: float32 (N, T) and the real 25 Hz frames (N, 1, F)."""
+    longest = max(map(len, samples))
+    stacked = torch.zeros(len(samples), longest)
+    real = torch.zeros(len(samples), 1, frames_of(longest), dtype=torch.bool)
+    for row, s in enumerate(samples):
+        stacked[row, : len(s)] = torch.from_numpy(s).float()
+        real[row, :, : frames_of(len(s))] = True
+    return stacked, real
+
+
+def frames_of(samples: int) -> int:
+    """Return how many 25 Hz frames `MelEncoder` makes of samples: two halvings that round up."""
+    halved = (samples // 160 + 1) // 2
+    return (halved + 1) // 2
+
+
+def distill(
+    student: Classifier,
+    views: Sequence[View],
+    targets: Targets,
+    chosen: Sequence[int],
+    settings: Distill,
+    *,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Train a student in place until its time is used up.
+
+    Args:
+        student: With a `MelEncoder`; holds the averaged weights afterwards.
+        views: Of all clips, as `load_teacher` computes them.
+        targets: Of all clips.
+        chosen: The clips to train on, as positions in ``targets``.
+        settings: The recipe's.
+        seed: Decides all chance; how many steps fit into the time depends on the machine.
+        folder: Where each epoch is kept, to go on from.
+    """
+    by_clip: dict[int, list[View]] = {}
+    for view in views:
+        by_clip.setdefault(view.clip, []).append(view)
+    torch.manual_seed(seed)
+    width = student.head.embedding_dim
+    translate = nn.Linear(width, len(views[0].arrays["embedding"]))
+    parts = nn.ModuleList([student, translate])
+    optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=settings.weight_decay)
+    average = WeightAverage(student, settings.average)
+    epoch, spent_s = 0, 0.0
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        parts.load_state_dict(state["parts"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights, average.steps = state["average"], state["steps"]
+        epoch, spent_s = state["epoch"], state["spent_s"]
+    budget_s = settings.cpu_minutes * 60
+    mixing = np.random.default_rng([seed, 1])
+    bar = tqdm(total=round(budget_s), initial=round(spent_s), unit="s")
+    parts.train()
+    # Processor time: another process on the machine must not shorten the training.
+    started = time.process_time() - spent_s
+    while spent_s < budget_s:
+        rng = np.random.default_rng([seed, epoch])
+        picked = [by_clip[c][rng.integers(len(by_clip[c]))] for c in chosen]
+        lengths = np.array([len(view.arrays["samples"]) for view in picked])
+        losses = []
+        for batch in bucketed(rng, lengths, settings.batch):
+            progress = min(1.0, (time.process_time() - started) / budget_s)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * one_cycle(progress)
+            clips = [chosen[i] for i in batch]
+            loss = _loss(
+                student,
+                translate,
+                [picked[i] for i in batch],
+                targets.label[clips],
+                targets.mask[clips],
+                settings,
+                mixing,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parts.parameters(), 5.0)
+            optimizer.step()
+            average.update(student)
+            losses.append(loss.item())
+        epoch, spent_s = epoch + 1, time.process_time() - started
+        bar.update(round(spent_s) - bar.n)
+        bar.set_postfix(epoch=epoch, loss=f"{np.mean(losses):.3f}")
+        state = {"parts": parts.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"average": average.weights, "steps": average.steps}
+        save_checkpoint({**state, "epoch": epoch, "spent_s": spent_s}, checkpoint)
+    bar.close()
+    student.load_state_dict(average.weights, strict=False)
+    student.eval()
+
+
+def _loss(
+    student: Classifier,
+    translate: nn.Module,
+    views: Sequence[View],
+    label: Tensor,
+    mask: Tensor,
+    settings: Distill,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Return the loss of one batch."""
+    samples, real = pad_samples([view.arrays["samples"] for view in views])
+    logits = torch.from_numpy(np.stack([view.arrays["logits"] for view in views]))
+    embedding = torch.from_numpy(np.stack([view.arrays["embedding"] for view in views]))
+    answers = (logits / settings.temperature).softmax(dim=1)
+    target = functional.one_hot(label, mask.shape[1]).float()
+    if settings.mixup:
+        share = float(rng.beta(settings.mixup, settings.mixup))
+        other = torch.from_numpy(rng.permutation(len(views)))
+
+        def mix(values: Tensor) -> Tensor:
+            return share * values + (1 - share) * values[other]
+
+        samples, answers, embedding, target = map(mix, (samples, answers, embedding, target))
+        real, mask = real | real[other], mask | mask[other]
+    with torch.no_grad():
+        features = student.encoder.features(samples)
+        features = hide(features, rng, settings.mask_mels, round(settings.mask_s * 100))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+        got, found = student.head(student.encoder.encode(features, real), real)
+    found = translate(found.float())
+    soft = soft_loss(got.float(), answers.clamp(min=1e-6).log(), settings.temperature)
+    apart = 1 - functional.cosine_similarity(found, embedding).mean()
+    hard = masked_cross_entropy(got.float(), target, mask)
+    return settings.soft * soft + settings.embedding * apart + settings.hard * hard

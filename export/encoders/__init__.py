@@ -1,0 +1,32 @@
+"""Speech encoders: samples ``(N, T)`` to hidden states ``(N, S, F, D)``, one file a family.
+
+Every encoder has ``states`` (S), ``dim`` (D) and ``frame_rate_hz``.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from export.encoders.mel import MelEncoder
+from export.encoders.whisper import load_whisper
+from export.recipe import EncoderChoice
+
+__all__ = ["load_encoder"]
+
+
+def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -> nn.Module:
+    """Build the encoder that a recipe names, pretrained where its family is.
+
+    Args:
+        choice: The recipe's choice.
+        weights: Folder of checkpoints; a source that is not in it is a hub id.
+        window_s: Longest window in seconds.
+
+    Raises:
+        RecipeError: The checkpoint does not fit the choice.
+    """
+    if choice.family == "mel":
+        return MelEncoder(choice.mels, choice.width, choice.layers)
+    local = weights / choice.source if weights else None
+    source = str(local) if local and local.is_dir() else choice.source
+    return load_whisper(source, choice.layers, window_s)

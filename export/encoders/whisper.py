@@ -1,0 +1,147 @@
+"""The lower layers of a Whisper encoder (arXiv 2212.04356), on windows as long as they are.
+
+Written out rather than taken from transformers, whose encoder refuses anything but 30 s; the
+parameter names are the checkpoint's, and a test holds the numbers against transformers.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from export.errors import RecipeError
+from export.frontend import LogMel
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; as in Whisper, the key projection has no bias."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(N, F, D)`` to ``(N, F, D)``."""
+        size = hidden.shape[-1] // self.heads
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.heads, size)).transpose(1, 2)  # (N, H, F, size)
+
+        query = split(self.q_proj(hidden) * size**-0.5)
+        scores = query @ split(self.k_proj(hidden)).transpose(2, 3)  # (N, H, F, F)
+        mixed = scores.softmax(dim=-1) @ split(self.v_proj(hidden))
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, F, D)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, dim: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, heads)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, feed_forward)
+        self.fc2 = nn.Linear(feed_forward, dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(N, F, D)`` to ``(N, F, D)``."""
+        hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden))
+        return hidden + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(hidden))))
+
+
+class WhisperEncoder(nn.Module):
+    """Samples to the hidden states of Whisper's lowest layers, at 25 frames a second.
+
+    Args:
+        config: The checkpoint's ``config.json``.
+        layers: How many transformer layers are kept.
+        window_s: Longest input in seconds; the position table is cut to it.
+
+    Attributes:
+        states: Number of hidden states returned: the embedding's and each layer's.
+        dim: Width ``D`` of a hidden state.
+    """
+
+    frame_rate_hz = 25.0
+
+    def __init__(self, config: dict, layers: int, window_s: float) -> None:
+        super().__init__()
+        self.dim: int = config["d_model"]
+        self.states = layers + 1
+        positions = round(window_s * 50)
+        if not 1 <= layers <= config["encoder_layers"]:
+            raise RecipeError(
+                f"layers = {layers}: this encoder has 1 to {config['encoder_layers']} layers"
+            )
+        if positions > config["max_source_positions"]:
+            raise RecipeError(f"window_s = {window_s}: Whisper hears at most 30 s; shorten it")
+        self.mel = LogMel(config["num_mel_bins"])
+        self.conv1 = nn.Conv1d(config["num_mel_bins"], self.dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(self.dim, self.dim, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(positions, self.dim)
+        self.layers = nn.ModuleList(
+            Layer(self.dim, config["encoder_attention_heads"], config["encoder_ffn_dim"])
+            for _ in range(layers)
+        )
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, S, F, D)`` at 25 Hz."""
+        mel = (self.mel(samples) + 4) / 4
+        hidden = functional.gelu(self.conv1(mel))
+        hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)  # (N, F at 50 Hz, D)
+        hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
+        states = [hidden]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        pairs = [functional.avg_pool1d(state.transpose(1, 2), 2) for state in states]
+        return torch.stack(pairs, dim=1).transpose(2, 3)  # (N, S, F, D)
+
+
+def load_whisper(source: str, layers: int, window_s: float) -> WhisperEncoder:
+    """Build the encoder and fill it from a checkpoint, every tensor accounted for.
+
+    Args:
+        source: A folder with ``config.json`` and ``model.safetensors``, or a hub id.
+        layers: How many transformer layers are kept; the others are left out.
+        window_s: Longest input in seconds.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        RecipeError: The checkpoint lacks a tensor or holds one that the encoder has no place for.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        files = ["config.json", "model.safetensors"]
+        folder = Path(snapshot_download(source, allow_patterns=files))
+    encoder = WhisperEncoder(json.loads((folder / "config.json").read_text()), layers, window_s)
+    prefix = "model.encoder."
+    tensors = {
+        name.removeprefix(prefix): tensor.float()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if not name.startswith("model.decoder.")
+    }
+    kept = encoder.state_dict()
+    left_out = ("layer_norm.", *(f"layers.{n}." for n in range(layers, 100)))
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
+    missing = {name for name in kept if not name.startswith("mel.")} - tensors.keys()
+    unexpected = tensors.keys() - kept.keys()
+    if missing or unexpected:
+        raise RecipeError(
+            f"{source}: missing tensors {sorted(missing)[:3]}, unexpected "
+            f"{sorted(unexpected)[:3]}; a Whisper checkpoint with these layers is needed"
+        )
+    positions = kept["embed_positions.weight"].shape[0]
+    tensors["embed_positions.weight"] = tensors["embed_positions.weight"][:positions]
+    encoder.load_state_dict(tensors, strict=False)
+    return encoder.eval()

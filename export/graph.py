@@ -1,0 +1,86 @@
+"""The full-precision ONNX graph: samples to logits and embedding, checked against torch."""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+
+from export.errors import CertificateError
+from export.model import Classifier
+
+OPSET = 20  # LayerNormalization stays one node; TensorRT 10.3 and ONNX Runtime 1.20 both read it
+PARITY = 1e-4  # largest difference of a logit from torch's
+
+
+def export_graph(
+    model: Classifier, properties: Mapping[str, Any], rate_hz: int, file: Path
+) -> None:
+    """Write the network as ONNX with dynamic batch and time.
+
+    Args:
+        model: In evaluation mode.
+        properties: Goes into ``metadata_props``, each value as JSON.
+        rate_hz: Of the samples; the example window is one second long.
+        file: The ONNX file to write.
+    """
+    example = torch.randn(2, rate_hz, generator=torch.Generator().manual_seed(0)) * 0.1
+    dynamic = {"samples": {0: torch.export.Dim("N"), 1: torch.export.Dim("T", min=rate_hz // 4)}}
+    with warnings.catch_warnings():
+        # The exporter warns of its own deprecations; what it writes is checked below.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["samples"],
+            output_names=["logits", "embedding"],
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in properties.items()})
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, file)
+
+
+def check_parity(
+    model: Classifier, file: Path, windows: Sequence[npt.NDArray[np.float32]]
+) -> float:
+    """Compare the graph with torch on windows of several lengths and levels.
+
+    Args:
+        model: In evaluation mode.
+        file: Its graph.
+        windows: Real speech, each of shape (T,). Each is tried as it is, 30 dB softer, and louder
+            up to a peak of 1.
+
+    Returns:
+        The largest absolute difference of a logit.
+
+    Raises:
+        CertificateError: It is not below `PARITY`.
+    """
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for window in windows:
+        for gain in (1.0, 10 ** (-30 / 20), 1 / max(float(np.abs(window).max()), 1e-6)):
+            samples = (window * np.float32(gain))[None]
+            with torch.no_grad():
+                expected = model(torch.from_numpy(samples))[0].numpy()
+            (logits,) = session.run(["logits"], {"samples": samples})
+            worst = max(worst, float(np.abs(logits - expected).max()))
+    if not worst < PARITY:
+        raise CertificateError(
+            f"{file.name} differs from torch by {worst:.1e} in a logit; allowed is below {PARITY}"
+        )
+    return worst

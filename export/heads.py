@@ -1,0 +1,87 @@
+"""The CNN head: hidden states of a speech encoder to an embedding and logits."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class AttentivePooling(nn.Module):
+    """Mean and standard deviation over time, weighted per channel (arXiv 1803.10963)."""
+
+    def __init__(self, dim: int, bottleneck: int = 64) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Conv1d(dim, bottleneck, 1), nn.Tanh(), nn.Conv1d(bottleneck, dim, 1)
+        )
+
+    def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(N, D, F)`` and a mask ``(N, 1, F)`` of real frames to ``(N, 2 * D)``."""
+        scores = self.score(frames)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -1e4)
+        weights = scores.softmax(dim=-1)
+        mean = (weights * frames).sum(dim=-1)
+        variance = (weights * (frames - mean[..., None]).square()).sum(dim=-1)
+        return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
+
+
+class DilatedBlock(nn.Module):
+    """A residual convolution over time on layer-normalised channels."""
+
+    def __init__(self, dim: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.conv = nn.Conv1d(dim, dim, 3, padding=dilation, dilation=dilation)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(N, D, F)`` to ``(N, D, F)``; masked frames enter the convolution as its padding."""
+        normed = self.norm(frames.transpose(1, 2)).transpose(1, 2)
+        if mask is not None:
+            normed = normed * mask
+        return frames + self.dropout(functional.gelu(self.conv(normed)))
+
+
+class CnnHead(nn.Module):
+    """Learned weighting of hidden states, 1x1 projection, dilated blocks, attentive pooling.
+
+    Args:
+        states: Number ``S`` of hidden states.
+        dim: Width ``D`` of a hidden state.
+        classes: Number ``C`` of labels.
+        width: Channels after the projection; the embedding is twice as wide.
+        dropout: Share of channels and of embedding values dropped in training.
+    """
+
+    def __init__(
+        self, states: int, dim: int, classes: int, width: int = 256, dropout: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.embedding_dim = 2 * width
+        self.weights = nn.Parameter(torch.zeros(states))
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Conv1d(dim, width, 1)
+        self.blocks = nn.ModuleList(DilatedBlock(width, d, dropout) for d in (1, 2))
+        self.pool = AttentivePooling(width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.classify = nn.Linear(2 * width, classes)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states to logits and embedding.
+
+        Args:
+            states: Float32 ``(N, S, F, D)``.
+            mask: Bool ``(N, 1, F)``, true on real frames; none when nothing is padded.
+
+        Returns:
+            Logits ``(N, C)`` and embedding ``(N, 2 * width)``.
+        """
+        # Hidden states differ by orders of magnitude from layer to layer; normalising each makes
+        # the learned weights mean what they say.
+        states = functional.layer_norm(states, states.shape[-1:])
+        mixed = (states * self.weights.softmax(dim=0)[:, None, None]).sum(dim=1)  # (N, F, D)
+        frames = functional.gelu(self.project(self.dropout(mixed.transpose(1, 2))))
+        for block in self.blocks:
+            frames = block(frames, mask)
+        embedding = self.norm(self.pool(frames, mask))
+        return self.classify(self.dropout(embedding)), embedding

@@ -1,0 +1,224 @@
+"""A recipe: one TOML file that says everything that a model is made of, read into dataclasses."""
+
+import sys
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from export.augment import Augmentation
+from export.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which speech.
+
+    Attributes:
+        corpora: Folders under ``--corpora``.
+        labels: The labels of the model, in the order of its logits.
+        merge: Emotions of a corpus that count as a label.
+        validation: Speaker keys ("family/speaker") that every choice is made on.
+        calibration_clips: Training clips that set the ranges of quantization.
+    """
+
+    corpora: tuple[str, ...]
+    labels: tuple[str, ...]
+    merge: dict[str, str] = field(default_factory=dict)
+    validation: tuple[str, ...] = ()
+    calibration_clips: int = 256
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the runtime cuts a clip, in seconds."""
+
+    window_s: float
+    hop_s: float
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """Which encoder.
+
+    Attributes:
+        family: "whisper" (pretrained, frozen) or "mel" (trained from scratch).
+        source: For whisper: a folder under ``--weights`` or a hub id.
+        layers: Transformer layers kept (whisper) or residual blocks (mel).
+        width: Channels of a mel encoder.
+        mels: Mel bands of a mel encoder.
+    """
+
+    family: str
+    layers: int
+    source: str = ""
+    width: int = 384
+    mels: int = 64
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The CNN head: channels after the projection, and dropout in training."""
+
+    width: int = 256
+    dropout: float = 0.2
+
+
+@dataclass(frozen=True)
+class Train:
+    """Training of the head on cached hidden states.
+
+    Attributes:
+        epochs: Passes over the training clips; each draws one view a clip.
+        views: Augmented copies of each clip that are encoded once and cached.
+        batch: Clips a step.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: Of AdamW.
+        label_smoothing: Share of the target spread over the labels of the clip's corpus.
+        mixup: Parameter of the Beta distribution that two clips of a batch are mixed by; 0 is off.
+        average: Decay of the moving average of the weights, which is what is kept.
+        clean: Probability that an epoch uses a clip as recorded rather than an augmented view.
+        refit: Train once more on train and validation together, with the same settings, when the
+            choices are made; that head is shipped.
+    """
+
+    epochs: int
+    views: int = 4
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    mixup: float = 0.3
+    average: float = 0.99
+    clean: float = 0.4
+    refit: bool = True
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Training of a student to answer as its teacher does.
+
+    Attributes:
+        teacher: The recipe of the teacher, beside this one; it must have been run.
+        cpu_minutes: Length of the training in minutes of processor time of its one thread.
+        views: Augmented copies of each clip that the teacher answers once.
+        batch: Clips a step.
+        learning_rate: Peak; rises over the first 5 % of the time and falls to 0 as a cosine.
+        weight_decay: Of AdamW.
+        temperature: Softens both answers before they are compared (arXiv 1503.02531).
+        soft: Weight of the softened answers.
+        embedding: Weight of the cosine distance of the embeddings.
+        hard: Weight of the labels.
+        mixup: As in Train.
+        average: As in Train.
+        mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
+        mask_s: Longest stretch that SpecAugment hides, in seconds.
+    """
+
+    teacher: str
+    cpu_minutes: float
+    views: int = 6
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    temperature: float = 2.0
+    soft: float = 1.0
+    embedding: float = 1.0
+    hard: float = 0.5
+    mixup: float = 0.3
+    average: float = 0.999
+    mask_mels: int = 12
+    mask_s: float = 0.2
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Out-of-fold scoring in place of a bundle: number of folds and the seed that deals them."""
+
+    k: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model, or one published experiment. Exactly one of ``train`` and ``distill`` is given."""
+
+    name: str
+    data: Data
+    windows: Windows
+    encoder: EncoderChoice
+    head: HeadChoice = field(default_factory=HeadChoice)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    train: Train | None = None
+    distill: Distill | None = None
+    folds: Folds | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train is None) == (self.distill is None):
+            raise RecipeError("a recipe has either [train] or [distill], exactly one of them")
+        family = "whisper" if self.train else "mel"
+        if self.encoder.family != family:
+            raise RecipeError(
+                f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper' (frozen), "
+                "[distill] takes 'mel'"
+            )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        RecipeError: The file is missing or not TOML; a key is unknown or missing; a value has the
+            wrong type or lies outside what is allowed.
+    """
+    try:
+        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read ({exc.strerror})") from exc
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise RecipeError(f"recipe {str(path)!r} is not TOML ({exc})") from exc
+    try:
+        recipe: Recipe = _table(Recipe, document, "")
+    except RecipeError as exc:
+        raise RecipeError(f"{path}: {exc}") from exc
+    return recipe
+
+
+def _table(cls: type, table: dict[str, Any], where: str) -> Any:
+    """Build a dataclass from a TOML table, every key accounted for."""
+    known = {f.name: f for f in fields(cls)}
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"unknown key {where + key!r}; allowed: {', '.join(known)}")
+    for key, f in known.items():
+        if key not in table and f.default is MISSING and f.default_factory is MISSING:
+            raise RecipeError(f"key {where + key!r} is missing")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _value(hints[key], value, where + key) for key, value in table.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Return a TOML value as the type that the dataclass declares."""
+    if typing.get_origin(hint) is types.UnionType:
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _table(hint, value, where + ".")  # type: ignore[arg-type]
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        kinds = [arms[0]] * len(value) if arms[-1] is Ellipsis else list(arms)
+        if len(kinds) == len(value):
+            return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arms[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (bool, int, str) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise RecipeError(f"{where} = {value!r}; allowed is {name}")

@@ -1,0 +1,216 @@
+"""Training of a head on the cached hidden states of a frozen encoder."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from export.corpora import Clip, label_mask
+from export.recipe import Train
+from export.views import View
+
+CHECKPOINT = "checkpoint.pt"
+SHORTEST = 10  # frames of 40 ms: the runtime refuses less than 0.4 s
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the clips are, as tensors: label ``(N,)`` int64, allowed labels ``(N, C)`` bool."""
+
+    label: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, clips: Sequence[Clip], labels: Sequence[str]) -> "Targets":
+        """Read them off clips whose emotions are among the labels."""
+        masks = label_mask(clips, labels)
+        return cls(
+            torch.tensor([labels.index(clip.emotion) for clip in clips]),
+            torch.from_numpy(np.stack([masks[clip.corpus] for clip in clips])),
+        )
+
+
+def one_cycle(progress: float, rise: float = 0.05) -> float:
+    """Return the share of the peak learning rate at 0 to 1 of the training: up, then a cosine."""
+    if progress < rise:
+        return max(progress, 1e-3) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - rise) / (1 - rise))))
+
+
+def smoothed(label: Tensor, mask: Tensor, smoothing: float) -> Tensor:
+    """Return target probs ``(N, C)``: the label, smoothed over the labels of its corpus."""
+    one_hot = functional.one_hot(label, mask.shape[1]).float()
+    return one_hot * (1 - smoothing) + smoothing * mask / mask.sum(dim=1, keepdim=True)
+
+
+def masked_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the labels that each clip's corpus has.
+
+    Corpora that lack a label say nothing about it: its logit gets no gradient from their clips.
+    """
+    return -(target * logits.masked_fill(~mask, -1e4).log_softmax(dim=1)).sum(dim=1).mean()
+
+
+class WeightAverage:
+    """Exponential moving average of the parameters of a network (Polyak and Juditsky, 1992).
+
+    The decay rises from 0, so that the first, random weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the parameters of one more step."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        for name, parameter in model.named_parameters():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+
+def bucketed(
+    rng: np.random.Generator, lengths: npt.NDArray[np.int64], batch: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield shuffled batches of indices whose clips are of similar length, to pad little."""
+    order = rng.permutation(len(lengths))
+    pools = np.array_split(order, max(1, len(order) // (batch * 8)))
+    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    for index in rng.permutation(len(batches)):
+        yield batches[index]
+
+
+def train_head(
+    head: nn.Module,
+    views: Sequence[View],
+    targets: Targets,
+    chosen: Sequence[int],
+    settings: Train,
+    *,
+    seed: int,
+    folder: Path | None = None,
+) -> None:
+    """Train a head in place.
+
+    Args:
+        head: Untrained; holds the averaged weights afterwards.
+        views: Of all clips, with ``states`` (S, F, D) float16.
+        targets: Of all clips.
+        chosen: The clips to train on, as positions in ``targets``.
+        settings: The recipe's.
+        seed: Decides all chance; every epoch has its own generator, so that a resumed training
+            equals one that never stopped.
+        folder: Where each epoch is kept, to go on from; not kept without it.
+    """
+    clean: dict[int, list[View]] = {}
+    augmented: dict[int, list[View]] = {}
+    for view in views:
+        (augmented if view.number else clean).setdefault(view.clip, []).append(view)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=settings.weight_decay)
+    average = WeightAverage(head, settings.average)
+    first = 0
+    checkpoint = folder / CHECKPOINT if folder else None
+    if checkpoint and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights, average.steps = state["average"], state["steps"]
+        first = state["epoch"] + 1
+    head.train()
+    for epoch in tqdm(range(first, settings.epochs), initial=first, total=settings.epochs):
+        rng = np.random.default_rng([seed, epoch])
+        torch.manual_seed(int(rng.integers(2**31)))
+        picked = [_pick(rng, clean[c], augmented.get(c), settings.clean) for c in chosen]
+        lengths = np.array([states.shape[1] for states in picked])
+        batches = list(bucketed(rng, lengths, settings.batch))
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                progress = (epoch + step / len(batches)) / settings.epochs
+                group["lr"] = settings.learning_rate * one_cycle(progress)
+            states, real = pad([picked[i] for i in batch])
+            clips = [chosen[i] for i in batch]
+            label, mask = targets.label[clips], targets.mask[clips]
+            target = smoothed(label, mask, settings.label_smoothing)
+            if settings.mixup:
+                share = float(rng.beta(settings.mixup, settings.mixup))
+                other = torch.from_numpy(rng.permutation(len(batch)))
+                states = share * states + (1 - share) * states[other]
+                target = share * target + (1 - share) * target[other]
+                real, mask = real | real[other], mask | mask[other]
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+                logits, _ = head(states, real)
+            loss = masked_cross_entropy(logits.float(), target, mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            average.update(head)
+        if checkpoint:
+            state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"average": average.weights, "steps": average.steps, "epoch": epoch}
+            save_checkpoint(state, checkpoint)
+    head.load_state_dict(average.weights, strict=False)
+    head.eval()
+
+
+def _pick(
+    rng: np.random.Generator, clean: list[View], augmented: list[View] | None, share: float
+) -> Tensor:
+    """Draw one window of a clip and a part of it: states (S, F, D)."""
+    among = clean if augmented is None or rng.random() < share else augmented
+    states = torch.from_numpy(among[rng.integers(len(among))].arrays["states"])
+    frames = states.shape[1]
+    keep = max(min(frames, SHORTEST), round(frames * rng.uniform(0.7, 1.0)))
+    start = int(rng.integers(frames - keep, endpoint=True))
+    return states[:, start : start + keep]
+
+
+def pad(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack states (S, F, D) of any length: float32 (N, S, F, D) and real frames (N, 1, F)."""
+    frames = max(s.shape[1] for s in states)
+    shape = (len(states), states[0].shape[0], frames, states[0].shape[2])
+    stacked, real = torch.zeros(shape), torch.zeros(len(states), 1, frames, dtype=torch.bool)
+    for row, s in enumerate(states):
+        stacked[row, :, : s.shape[1]] = s
+        real[row, :, : s.shape[1]] = True
+    return stacked, real
+
+
+def fast_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 natively; else it would be slower."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def save_checkpoint(state: dict[str, object], file: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(file)
+
+
+@torch.no_grad()
+def window_logits(
+    network: nn.Module, views: Sequence[View], clips: Sequence[int], array: str = "states"
+) -> list[npt.NDArray[np.float32]]:
+    """Return the logits (W, C) of the runtime's windows of each clip, as recorded.
+
+    Args:
+        network: A head, or a whole student.
+        views: Of all clips.
+        clips: Which clips, in this order.
+        array: What of a view the network takes: ``states``, or a student's ``samples``.
+    """
+    found: dict[int, list[npt.NDArray[np.float32]]] = {clip: [] for clip in clips}
+    for view in views:
+        if view.number == 0 and view.clip in found:
+            taken = torch.from_numpy(view.arrays[array]).float()
+            found[view.clip].append(network(taken[None])[0].numpy())
+    return [np.concatenate(found[clip]) for clip in clips]

@@ -1,0 +1,142 @@
+"""Views of a clip: what is heard of it, as recorded or augmented, computed once and cached.
+
+View 0 is the clip as the runtime cuts it into windows; each further view is an augmented copy, cut
+to one window. A view depends on the clip and its number only, never on what ran before it.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from edge_ser.recognizer import windows
+from export.augment import Augmentation, augment
+from export.corpora import Clip, read_samples
+from export.recipe import Windows
+
+SHARD = 16  # clips a file: a killed run loses no more than the files that were being written
+
+Samples = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[np.generic]]
+Compute = Callable[[Samples], Arrays]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How views are cut from a clip: the rate, the runtime's windows, and the augmentation."""
+
+    rate_hz: int
+    windows: Windows
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class View:
+    """One window of one view: the clip's place in the list of clips, and what was computed."""
+
+    clip: int
+    number: int
+    arrays: Arrays
+
+
+def view_windows(clip: Clip, number: int, cutting: Cutting) -> Iterator[Samples]:
+    """Yield the windows of a view: all of the runtime's for view 0, a single one for the others."""
+    samples = read_samples(clip, cutting.rate_hz)
+    window = round(cutting.windows.window_s * cutting.rate_hz)
+    if number == 0:
+        hop = round(cutting.windows.hop_s * cutting.rate_hz)
+        yield from (part for _, part in windows([samples], window, hop))
+        return
+    name = f"{clip.corpus}/{clip.path.name}".encode()
+    rng = np.random.default_rng([number, *name])
+    samples = augment(samples, cutting.rate_hz, rng, cutting.augmentation)
+    start = int(rng.integers(max(0, len(samples) - window), endpoint=True))
+    yield samples[start : start + window]
+
+
+def make_views(
+    folder: Path,
+    clips: Sequence[Clip],
+    views: Sequence[int],
+    cutting: Cutting,
+    load: Callable[[], Compute],
+) -> None:
+    """Compute something of the views of every clip, on all cores, and keep it.
+
+    Files that are already in ``folder`` are not made again.
+
+    Args:
+        folder: Takes one ``.npz`` file for every few clips.
+        clips: The clips, in the order that `View.clip` counts.
+        views: How many augmented views each clip has beside the one as recorded.
+        cutting: How they are cut.
+        load: Makes the computation inside each worker process; it must be picklable.
+    """
+    starts = [s for s in range(0, len(clips), SHARD) if not _shard(folder, s).exists()]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(os.cpu_count(), context) as pool,
+        tqdm(total=len(clips), initial=len(clips) - _count(starts, len(clips))) as bar,
+    ):
+        # Each process computes on one thread: two such use two cores better than two threads do.
+        jobs = [
+            (s, clips[s : s + SHARD], views[s : s + SHARD], cutting, load, _shard(folder, s))
+            for s in starts
+        ]
+        for done in pool.map(_make_shard, jobs):
+            bar.update(done)
+
+
+def load_views(folder: Path) -> list[View]:
+    """Return all views of a folder, by clip and number."""
+    found = []
+    for file in sorted(folder.glob("views_*.npz")):
+        with np.load(file, allow_pickle=False) as shard:
+            arrays: dict[str, Arrays] = {}
+            for key in shard.files:
+                row, name = key.split("/")
+                arrays.setdefault(row, {})[name] = shard[key]
+        for row, named in arrays.items():
+            clip, number, _ = (int(part) for part in row.split("_"))
+            found.append(View(clip, number, named))
+    return found
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"views_{start:06d}.npz"
+
+
+def _count(starts: Sequence[int], clips: int) -> int:
+    return sum(min(SHARD, clips - start) for start in starts)
+
+
+@cache
+def _loaded(load: Callable[[], Compute]) -> Compute:
+    torch.set_num_threads(1)
+    return load()
+
+
+def _make_shard(
+    job: tuple[int, Sequence[Clip], Sequence[int], Cutting, Callable[[], Compute], Path],
+) -> int:
+    start, clips, views, cutting, load, file = job
+    compute = _loaded(load)
+    arrays: Arrays = {}
+    for index, (clip, most) in enumerate(zip(clips, views, strict=True), start):
+        for number in range(most + 1):
+            for part, samples in enumerate(view_windows(clip, number, cutting)):
+                for name, array in compute(samples).items():
+                    arrays[f"{index}_{number}_{part}/{name}"] = array
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, **arrays)
+    partial.rename(file)
+    return len(clips)
