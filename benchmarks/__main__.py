@@ -11,23 +11,23 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from benchmarks import report
 from benchmarks.machine import ROOT
+from benchmarks.report import latency_markdown, latency_plot
 from edge_ser.bundle import Bundle
-from edge_ser.errors import BundleError, EdgeSerError
+from edge_ser.errors import EdgeSerError
 
 _EXAMPLES = """examples:
   python -m benchmarks latency --weights WEIGHTS
-      everything, about five minutes; the table on stdout
-  python -m benchmarks latency --bundles out/default out/tiny --threads 1 --json latency.json
-      bundles of your own (with model.onnx, full precision too), one thread
-  python -m benchmarks report latency.json --plot latency.png
-      the table and the plot once more, from the numbers
+      everything, about six minutes; the tables on stdout
+  python -m benchmarks latency --bundles out/default out/tiny --json latency.json
+      bundles of your own: with model.onnx in them, full precision as well
+  python -m benchmarks latency --threads 1 --runs 10 --plot latency.png
+      a first look
 
-Systems that lack something, torch or weights, say "not measured" and why. Close other programs:
-ratios survive a busy machine, milliseconds do not.
+What cannot be measured, for want of torch, weights or a graph, says "not measured" and why.
+Close other programs: ratios survive a busy machine, milliseconds do not.
 """
 
 
@@ -35,16 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     args = _parser().parse_args(argv)
     try:
-        result = args.result(args)
-        if args.json:
-            args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        text = report.latency_markdown(result)
-        if args.markdown:
-            args.markdown.write_text(text, encoding="utf-8")
-        else:
-            print(text, end="")
-        if args.plot:
-            report.latency_plot(result, args.plot)
+        args.run(args)
         return 0
     except (EdgeSerError, OSError) as exc:
         print(f"benchmarks: {exc}", file=sys.stderr)
@@ -55,135 +46,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _latency(args: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.latency import TorchDefault, measure
+def _latency(args: argparse.Namespace) -> None:
+    from benchmarks.latency import measure
 
-    for bundle in args.bundles:
-        longest_s = bundle.metadata.window_s
-        if args.window > longest_s:
-            name = bundle.metadata.name
-            args.usage(f"--window {args.window:g}: bundle {name!r} hears at most {longest_s:g} s")
-    return measure(
-        args.bundles,
-        TorchDefault(args.recipes, args.weights, args.trained),
-        window_s=args.window,
-        threads=args.threads,
-        runs=args.runs,
-    )
-
-
-def _read(args: argparse.Namespace) -> dict[str, Any]:
     try:
-        return report.check(json.loads(args.file.read_text(encoding="utf-8")))
-    except ValueError as exc:
-        raise EdgeSerError(f"{str(args.file)!r} is not JSON ({exc})") from exc
-
-
-def _bundle(text: str) -> Bundle:
-    try:
-        return Bundle.open(text)
-    except BundleError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from exc
+        bundles = [Bundle.open(bundle) for bundle in args.bundles]
+    except EdgeSerError as exc:
+        args.usage(f"argument --bundles: {exc}")
+    longest_s = min(bundle.metadata.window_s for bundle in bundles)
+    if not 0.4 <= args.window <= longest_s:
+        args.usage(f"argument --window: {args.window:g}; these bundles hear 0.4 to {longest_s:g} s")
+    if args.runs < 1:
+        args.usage(f"argument --runs: {args.runs}; allowed: 1 or more")
+    measured = {"window_s": args.window, "threads": args.threads, "runs": args.runs}
+    result = measure(bundles, args.recipes, args.weights, args.trained, **measured)
+    if args.json:
+        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(latency_markdown(result), encoding="utf-8")
+    else:
+        print(latency_markdown(result), end="")
+    if args.plot:
+        latency_plot(result, args.plot)
 
 
 def _existing(text: str) -> Path:
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} is not there")
-    return Path(text).resolve()
+    return Path(text)
 
 
 def _output(text: str) -> Path:
     if not Path(text).parent.is_dir():  # said now, not after minutes of measuring
-        raise argparse.ArgumentTypeError(f"{text!r}: its folder is not there; make it first")
+        raise argparse.ArgumentTypeError(f"{text!r}: make its folder first")
     return Path(text)
 
 
 def _threads(text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers from 1, as 1,2")
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers from 1")
     return counts
 
 
-def _at_least(kind: type, least: float) -> Any:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r}; allowed: {least:g} or more")
-        return value
-
-    return parse
-
-
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is in ``--help``."""
+    """Says in one line what is wrong; ``--help`` says what is right."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"benchmarks: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        prog="python -m benchmarks",
-        description="Measure what edge_ser ships.",
-        epilog=_EXAMPLES,
-        formatter_class=raw,
-    )
-    shown = argparse.ArgumentParser(add_help=False)
-    shown.add_argument("--json", type=_output, metavar="FILE", help="write the numbers here")
-    shown.add_argument(
-        "--markdown", type=_output, metavar="FILE", help="write the tables here, not on stdout"
-    )
-    shown.add_argument("--plot", type=_output, metavar="FILE", help="draw a bar chart (PNG, SVG)")
+    teaching: dict[str, Any] = {
+        "epilog": _EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    about = "Measure what edge_ser ships."
+    parser = _Parser(prog="python -m benchmarks", description=about, **teaching)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    about = "Time torch and ONNX, full precision and INT8, in turns; loading, memory, cold start."
+    latency = verbs.add_parser("latency", help=about, description=about, **teaching)
+    latency.set_defaults(run=_latency, usage=latency.error)
 
-    def verb(name: str, result: Any, text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
-            name, help=text, description=text, parents=[shown], epilog=_EXAMPLES,
-            formatter_class=raw,
-        )  # fmt: skip
-        added.set_defaults(result=result, usage=added.error)
-        return added
+    def option(name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any) -> None:
+        latency.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
 
-    latency = verb(
-        "latency",
-        _latency,
-        "Time torch and ONNX, full precision and INT8, in turns; load time, memory, cold start.",
-    )
-    latency.add_argument(
-        "--bundles", nargs="+", type=_bundle, metavar="NAME|DIR",
-        help="embedded models or folders (default tiny); the first is started cold",
-    )  # fmt: skip
-    latency.add_argument(
-        "--recipes", type=_existing, default=ROOT / "export" / "recipes", metavar="DIR",
-        help="where default.toml lies (export/recipes)",
-    )  # fmt: skip
-    latency.add_argument(
-        "--weights", type=_existing, metavar="DIR",
-        help="pretrained checkpoints; without them torch default is not measured",
-    )  # fmt: skip
-    latency.add_argument(
-        "--trained", type=_existing, metavar="FILE",
-        help="model.safetensors of the training stage of default; else its head is random",
-    )  # fmt: skip
-    latency.add_argument(
-        "--window", type=_at_least(float, 0.4), default=3.0, metavar="S", help="seconds (3)"
-    )
-    latency.add_argument(
-        "--threads", type=_threads, default=[1, 2], metavar="N,N", help="numbers of threads (1,2)"
-    )
-    latency.add_argument(
-        "--runs", type=_at_least(int, 1), default=100, metavar="N", help="rounds that count (100)"
-    )
-    again = verb("report", _read, "Show a result once more.")
-    again.add_argument("file", type=_existing, metavar="FILE", help="what --json wrote")
+    embedded = ["default", "tiny"]
+    text = "embedded models or folders (default tiny)"
+    option("--bundles", str, embedded, "DIR|NAME", text, nargs="+")
+    recipes = ROOT / "export" / "recipes"
+    option("--recipes", _existing, recipes, "DIR", "where default.toml is (export/recipes)")
+    option("--weights", _existing, None, "DIR", "pretrained checkpoints, for torch default")
+    text = "its trained head, model.safetensors of the training stage; else a random one"
+    option("--trained", _existing, None, "FILE", text)
+    option("--window", float, 3.0, "S", "seconds of audio (3)")
+    option("--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
+    option("--runs", int, 100, "N", "rounds that count (100)")
+    option("--json", _output, None, "FILE", "write all numbers here")
+    option("--markdown", _output, None, "FILE", "write the tables here, not on stdout")
+    option("--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")
     return parser
 
 

@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,8 @@ from edge_ser.timing import WARM_UP, peak_memory_mb, summary
 COLD_RUNS = 15
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
-Result = TypeVar("Result")
+Turn = Callable[[], object]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,137 +47,54 @@ class Loaded:
         turns: What is timed: ``"engine"`` (samples to logits), and ``"end_to_end"`` (`predict`)
             where there is a `Recognizer`.
         facts: What its row tells, beside the times.
-        settle: Finds the best setting before the turns, and returns more facts.
+        settle: Called once before the turns: chooses the best setting, returns more facts.
     """
 
-    turns: dict[str, Callable[[], object]]
-    facts: dict[str, Any]
-    settle: Callable[[], dict[str, Any]] = field(default=dict)
+    turns: dict[str, Turn]
+    facts: Row
+    settle: Callable[[], Row] = dict
 
 
 @dataclass(frozen=True)
-class Wav2Vec2:
-    """Wav2Vec2-base (arXiv 2006.11477) with a classification head, from raw samples.
+class System:
+    """One row of the table: its name, and what loads it for a window in s and some threads."""
 
-    Its weights are random: latency does not depend on them.
-    """
-
-    name: str = "torch FP32 wav2vec2-base"
-
-    def load(self, window_s: float, threads: int) -> Loaded:
-        """Build it; `settle` keeps the faster form of attention."""
-        torch = _torch(threads)
-        from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
-
-        model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(num_labels=7)).eval()
-        run = _inference(torch, model, window_s)
-
-        def settle() -> dict[str, Any]:
-            times_ms: dict[str, list[float]] = {"eager": [], "sdpa": []}
-            for _ in range(5):
-                for attention, samples_ms in times_ms.items():
-                    model.set_attn_implementation(attention)
-                    samples_ms.append(_warm_ms(run))
-            medians = {name: statistics.median(values) for name, values in times_ms.items()}
-            best = min(medians, key=medians.__getitem__)
-            model.set_attn_implementation(best)
-            other = min(set(medians) - {best})
-            versus = f"{medians[best]:.0f} ms against {medians[other]:.0f} ms {other}"
-            return {"detail": f"random weights; attention {best} ({versus})"}
-
-        return Loaded({"engine": run}, {"detail": "random weights"}, settle)
-
-
-@dataclass(frozen=True)
-class TorchDefault:
-    """The network of the recipe `default` before it is exported."""
-
-    recipes: Path
-    weights: Path | None
-    trained: Path | None
-    name: str = "torch FP32 default"
-
-    def load(self, window_s: float, threads: int) -> Loaded:
-        """Build it; without a trained head from random numbers."""
-        if self.weights is None:
-            raise EdgeSerError("needs --weights, the pretrained encoder")
-        torch = _torch(threads)
-        from export.encoders import load_encoder
-        from export.model import Classifier, load_classifier, new_head
-        from export.recipe import read_recipe
-
-        recipe = read_recipe(self.recipes / "default.toml")
-        if not (self.weights / recipe.encoder.source).is_dir():  # or it would be downloaded
-            raise EdgeSerError(f"--weights has no {recipe.encoder.source}")
-        if self.trained:
-            model = load_classifier(recipe, self.weights, self.trained)
-            facts = {"detail": "trained head", "head_sha256": sha256(self.trained)}
-        else:
-            encoder = load_encoder(recipe.encoder, self.weights, recipe.windows.window_s)
-            model = Classifier(encoder, new_head(recipe, encoder.states, encoder.dim)).eval()
-            facts = {"detail": "random head"}
-        return Loaded({"engine": _inference(torch, model, window_s)}, facts)
-
-
-@dataclass(frozen=True)
-class OnnxBundle:
-    """One graph of a bundle, as `Recognizer` runs it."""
-
-    path: Path
-    bundle: str
-    precision: str
-
-    @property
-    def name(self) -> str:
-        """Return e.g. ``"ONNX INT8 tiny"``."""
-        return f"ONNX {self.precision.upper()} {self.bundle}"
-
-    def load(self, window_s: float, threads: int) -> Loaded:
-        """Open it."""
-        if self.precision == "fp32" and not (self.path / FP32_GRAPH).is_file():
-            raise EdgeSerError(f"the bundle has no {FP32_GRAPH}")
-        recognizer = Recognizer.load(self.path, precision=self.precision, threads=threads)
-        metadata, engine = recognizer.metadata, recognizer.engine
-        rate = metadata.sample_rate_hz
-        samples = _noise(window_s, rate)
-        batch = samples[np.newaxis]  # (1, T)
-        facts = {
-            "detail": engine.graph,
-            "graph_sha256": metadata.files[engine.graph.removesuffix(" (float)")].sha256,
-            "bundle_sha256": sha256(self.path / "metadata.json"),  # it lists all the others
-        }
-        turns = {
-            "engine": lambda: engine.run(batch),
-            "end_to_end": lambda: recognizer.predict(samples, rate),
-        }
-        return Loaded(turns, facts)
-
-
-System = Wav2Vec2 | TorchDefault | OnnxBundle
+    name: str
+    load: Callable[[float, int], Loaded]
 
 
 def measure(
     bundles: Sequence[Bundle],
-    torch_default: TorchDefault,
+    recipes: Path,
+    weights: Path | None,
+    trained: Path | None,
     *,
     window_s: float,
     threads: Sequence[int],
     runs: int,
-) -> dict[str, Any]:
+) -> Row:
     """Measure everything.
 
     Args:
-        bundles: Each is measured in INT8 and, where it has the graph, in full precision.
-        torch_default: The network before its export.
+        bundles: Each is measured in full precision, where it has that graph, and in INT8.
+        recipes: Folder of ``default.toml``.
+        weights: Folder of pretrained checkpoints.
+        trained: ``model.safetensors`` of the recipe `default`; None means a random head.
         window_s: Length of the samples in seconds.
-        threads: Numbers of threads, one process each.
+        threads: Numbers of threads.
         runs: Rounds that count.
 
     Returns:
-        A JSON object, see `benchmarks.report`.
+        The JSON object that `benchmarks.report` shows.
     """
-    onnx = [OnnxBundle(b.path, b.metadata.name, p) for b in bundles for p in ("fp32", "int8")]
-    systems: list[System] = [Wav2Vec2(), torch_default, *onnx]
+    systems = [
+        System("torch FP32 wav2vec2-base", _load_wav2vec2),
+        System("torch FP32 default", partial(_load_torch_default, recipes, weights, trained)),
+    ]
+    for bundle in bundles:
+        for precision in ("fp32", "int8"):
+            name = f"ONNX {precision.upper()} {bundle.metadata.name}"
+            systems.append(System(name, partial(_load_onnx, bundle.path, precision)))
     result = {
         "schema": 1,
         "benchmark": "latency",
@@ -188,14 +107,12 @@ def measure(
     rows = []
     for count in threads:
         measured = _in_child(_take_turns, systems, window_s, count, runs)
-        reference = measured[0].get("samples_ms", {}).get("engine")
-        rows += [_with_statistics(row, window_s, reference) for row in measured]
+        rows += add_statistics(measured, window_s)
     loads = [
         _in_child(_first_moments, system, window_s, threads[0])
         for system in tqdm(systems, desc="load and memory", unit="process")
     ]
-    cold = _cold_starts(bundles[0].path, min(runs, COLD_RUNS))
-    return {**result, "rows": rows, "loads": loads, "cold": cold}
+    return {**result, "rows": rows, "loads": loads, "cold": _cold_starts(min(runs, COLD_RUNS))}
 
 
 def ratio(numerators_ms: Sequence[float], denominators_ms: Sequence[float]) -> float:
@@ -203,30 +120,34 @@ def ratio(numerators_ms: Sequence[float], denominators_ms: Sequence[float]) -> f
     return statistics.median(a / b for a, b in zip(numerators_ms, denominators_ms, strict=True))
 
 
-def _with_statistics(
-    row: dict[str, Any], window_s: float, reference_ms: Sequence[float] | None
-) -> dict[str, Any]:
-    """Add to a row what follows from its latencies and from those of the first system."""
-    if "not_measured" in row:
-        return row
-    engine_ms, end_to_end_ms = (row["samples_ms"].get(k) for k in ("engine", "end_to_end"))
-    row["stats"] = {name: summary(values) for name, values in row["samples_ms"].items()}
-    row["rtf"] = row["stats"]["engine"]["p50_ms"] / 1e3 / window_s
-    row["speedup"] = ratio(reference_ms, engine_ms) if reference_ms else None
-    if end_to_end_ms:
-        added_ms = (b - a for a, b in zip(engine_ms, end_to_end_ms, strict=True))
-        row["predict_adds_ms"] = statistics.median(added_ms)
-    return row
+def add_statistics(rows: Sequence[Row], window_s: float) -> list[Row]:
+    """Return rows of one number of threads with what follows from their latencies.
+
+    That is percentiles, the real-time factor, the speedup against the first row, and what
+    `predict` adds to the engine.
+    """
+    reference_ms = rows[0].get("samples_ms", {}).get("engine")
+    finished = []
+    for row in rows:
+        added: Row = {}
+        if samples_ms := row.get("samples_ms"):
+            engine_ms = samples_ms["engine"]
+            added["stats"] = {turn: summary(values) for turn, values in samples_ms.items()}
+            added["rtf"] = added["stats"]["engine"]["p50_ms"] / 1e3 / window_s
+            added["speedup"] = ratio(reference_ms, engine_ms) if reference_ms else None
+            if "end_to_end" in samples_ms:
+                pairs = zip(samples_ms["end_to_end"], engine_ms, strict=True)
+                added["predict_adds_ms"] = statistics.median(a - b for a, b in pairs)
+        finished.append({**row, **added})
+    return finished
 
 
-def _take_turns(
-    systems: Sequence[System], window_s: float, threads: int, runs: int
-) -> list[dict[str, Any]]:
+def _take_turns(systems: Sequence[System], window_s: float, threads: int, runs: int) -> list[Row]:
     """Load all systems, then time them round by round. Runs in a process of its own."""
-    rows: list[dict[str, Any]] = []
-    turns: list[tuple[list[float], Callable[[], object]]] = []
+    rows: list[Row] = []
+    turns: list[tuple[list[float], Turn]] = []
     for system in systems:
-        row: dict[str, Any] = {"system": system.name, "threads": threads}
+        row: Row = {"system": system.name, "threads": threads}
         rows.append(row)
         try:
             loaded = system.load(window_s, threads)
@@ -236,8 +157,7 @@ def _take_turns(
         row |= {**loaded.facts, **loaded.settle(), "samples_ms": {n: [] for n in loaded.turns}}
         turns += [(row["samples_ms"][name], run) for name, run in loaded.turns.items()]
     gc.freeze()  # collecting what torch imported would show up in the p99 of everybody
-    title = f"{threads} thread{'s' * (threads > 1)}"
-    for i in tqdm(range(WARM_UP + runs), desc=title, unit="round"):
+    for i in tqdm(range(WARM_UP + runs), desc=f"threads: {threads}", unit="round"):
         for samples_ms, run in turns:
             elapsed_ms = _warm_ms(run)
             if i >= WARM_UP:
@@ -245,8 +165,8 @@ def _take_turns(
     return rows
 
 
-def _first_moments(system: System, window_s: float, threads: int) -> dict[str, Any]:
-    """Time importing and loading of one system, and its first run. In a process of its own."""
+def _first_moments(system: System, window_s: float, threads: int) -> Row:
+    """Time importing and loading, and the first run. Runs in a process of its own."""
     row = {"system": system.name, "threads": threads}
     start = time.perf_counter()
     try:
@@ -257,52 +177,118 @@ def _first_moments(system: System, window_s: float, threads: int) -> dict[str, A
     loaded.turns["engine"]()
     return {
         **row,
-        "detail": loaded.facts["detail"],
+        **loaded.facts,
         "load_ms": (ready - start) * 1e3,
         "first_run_ms": (time.perf_counter() - ready) * 1e3,
         "peak_memory_mb": peak_memory_mb(),
     }
 
 
-def _cold_starts(bundle: Path, runs: int) -> dict[str, Any]:
+def _cold_starts(runs: int) -> Row:
     """Time whole processes in turns: a first prediction, and the imports that it cannot avoid."""
     commands = {
-        "edge-ser predict --sample": "-m edge_ser predict --sample --bundle".split() + [str(bundle)],
+        "edge-ser predict --sample": ["-m", "edge_ser", "predict", "--sample"],
         'python -c "import numpy, onnxruntime"': ["-c", "import numpy, onnxruntime"],
     }
-    times_ms: dict[str, list[float]] = {name: [] for name in commands}
+    # Bytecode is kept, as pip keeps it, also where the environment says otherwise.
+    run = partial(
+        subprocess.run,
+        cwd=machine.ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
+        capture_output=True,
+        text=True,
+    )
+    samples_ms: dict[str, list[float]] = {name: [] for name in commands}
     for i in tqdm(range(1 + runs), desc="cold processes", unit="round"):
         for name, words in commands.items():
             start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, *words], cwd=machine.ROOT, capture_output=True, text=True
-            )
+            done = run([sys.executable, *words])
             elapsed_ms = (time.perf_counter() - start) * 1e3
             if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                return {"not_measured": f"{name} failed: {last}"}
+                lines = done.stderr.strip().splitlines() or ["no message"]
+                return {"not_measured": f"{name} failed: {lines[-1]}"}
             if i:  # the first round reads the files into memory
-                times_ms[name].append(round(elapsed_ms, 2))
-    predict_ms, imports_ms = times_ms.values()
-    return {
-        "samples_ms": times_ms,
-        "stats": {name: summary(values) for name, values in times_ms.items()},
-        "ratio": ratio(predict_ms, imports_ms),
+                samples_ms[name].append(round(elapsed_ms, 2))
+    stats = {name: summary(values) for name, values in samples_ms.items()}
+    return {"samples_ms": samples_ms, "stats": stats, "ratio": ratio(*samples_ms.values())}
+
+
+def _load_wav2vec2(window_s: float, threads: int) -> Loaded:
+    """Wav2Vec2-base (arXiv 2006.11477) with a classification head, on raw samples."""
+    torch = _import_torch(threads)
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(num_labels=7)).eval()
+    run = _torch_turn(torch, model, window_s)
+
+    def settle() -> Row:
+        times_ms: dict[str, list[float]] = {"eager": [], "sdpa": []}
+        for _ in range(5):
+            for attention, values in times_ms.items():
+                model.set_attn_implementation(attention)
+                values.append(_warm_ms(run))
+        (best_ms, best), (other_ms, other) = sorted(
+            (statistics.median(values), attention) for attention, values in times_ms.items()
+        )
+        model.set_attn_implementation(best)
+        chosen = f"{best} attention, {best_ms:.0f} ms against {other_ms:.0f} ms {other}"
+        return {"detail": f"random weights; {chosen}"}
+
+    return Loaded({"engine": run}, {"detail": "random weights"}, settle)
+
+
+def _load_torch_default(
+    recipes: Path, weights: Path | None, trained: Path | None, window_s: float, threads: int
+) -> Loaded:
+    """The network of the recipe `default`, before its export."""
+    if weights is None:
+        raise EdgeSerError("needs --weights, the pretrained encoder")
+    torch = _import_torch(threads)
+    from export.model import load_classifier, new_classifier
+    from export.recipe import read_recipe
+
+    recipe = read_recipe(recipes / "default.toml")
+    if not (weights / recipe.encoder.source).is_dir():  # or it would be downloaded
+        raise EdgeSerError(f"--weights has no {recipe.encoder.source}")
+    if trained:
+        model = load_classifier(recipe, weights, trained)
+        facts = {"detail": "trained head", "head_sha256": sha256(trained)}
+    else:
+        model = new_classifier(recipe, weights).eval()
+        facts = {"detail": "random head"}
+    return Loaded({"engine": _torch_turn(torch, model, window_s)}, facts)
+
+
+def _load_onnx(path: Path, precision: str, window_s: float, threads: int) -> Loaded:
+    """One graph of a bundle, alone and through `Recognizer.predict`."""
+    if precision == "fp32" and not (path / FP32_GRAPH).is_file():
+        raise EdgeSerError(f"the bundle has no {FP32_GRAPH}")
+    recognizer = Recognizer.load(path, precision=precision, threads=threads)
+    metadata, engine = recognizer.metadata, recognizer.engine
+    samples = _noise(window_s, metadata.sample_rate_hz)
+    facts = {
+        "graph": engine.graph,
+        "graph_sha256": metadata.files[engine.graph.removesuffix(" (float)")].sha256,
+        "bundle_sha256": sha256(path / "metadata.json"),  # it lists all the others
     }
+    turns: dict[str, Turn] = {
+        "engine": partial(engine.run, samples[np.newaxis]),  # (1, T)
+        "end_to_end": partial(recognizer.predict, samples, metadata.sample_rate_hz),
+    }
+    return Loaded(turns, facts)
 
 
-def _in_child(function: Callable[..., Result], *args: object) -> Result:
-    """Return what a function returns in a fresh process; its peak memory is then its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def _import_torch(threads: int) -> Any:
+    """Import torch with as many threads, as idle between runs, as ONNX Runtime has."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    import torch
+
+    torch.set_num_threads(threads)
+    return torch
 
 
-def _warm_ms(run: Callable[[], object]) -> float:
-    """Time a run after one that brings its weights back into the caches that others used."""
-    run()
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
+def _torch_turn(torch: Any, model: Any, window_s: float) -> Turn:
+    return partial(torch.inference_mode()(model), torch.from_numpy(_noise(window_s, 16_000))[None])
 
 
 def _noise(seconds: float, rate_hz: int) -> NDArray[np.float32]:
@@ -310,22 +296,15 @@ def _noise(seconds: float, rate_hz: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(0, 0.1, round(seconds * rate_hz)).astype(np.float32)
 
 
-def _torch(threads: int) -> Any:
-    """Import torch with as many threads, as idle between runs, as ONNX Runtime has."""
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    import torch
-
-    torch.set_num_threads(threads)
-    return torch
+def _warm_ms(run: Turn) -> float:
+    """Time a run, after one that brings its weights back into the caches that others used."""
+    run()
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
-def _inference(torch: Any, model: Any, window_s: float) -> Callable[[], object]:
-    """Return a run of a torch network on a 16 kHz window."""
-    batch = torch.from_numpy(_noise(window_s, 16_000))[None]  # (1, T)
-
-    def run() -> object:
-        with torch.inference_mode():
-            return model(batch)
-
-    return run
+def _in_child(function: Callable[..., Any], *args: object) -> Any:
+    """Return what a function returns in a fresh process; peak memory is then its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()

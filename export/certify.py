@@ -1,5 +1,6 @@
 """The certificate: full precision and INT8 on the test speakers, scored once, and the gate."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
@@ -15,8 +17,9 @@ from edge_ser.recognizer import Recognizer
 from export import metrics
 from export.corpora import Clip
 from export.errors import CertificateError
-from export.scores import score
-from export.splits import pooled
+from export.scores import brief, score
+from export.speech import Speech
+from export.splits import pooled, speakers
 
 UA_KEPT = 0.99  # of the pooled UA of full precision, as MLPerf Inference asks of quantized models
 LABELS_EQUAL = 0.98  # of the clips
@@ -174,3 +177,37 @@ def draw(certificate: Mapping[str, Any], file: Path) -> None:
     right.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
     figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def make_certificate(
+    speech: Speech, metadata: Metadata, graphs: Path, facts: Mapping[str, Any], folder: Path
+) -> None:
+    """The stage: ``certificate.json`` and ``certificate.png``.
+
+    Args:
+        speech: Whose test clips are scored.
+        metadata: Labels, windows and temperature.
+        graphs: Folder of the quantization stage.
+        facts: What the certificate says beside the scores.
+        folder: Takes the files.
+
+    Raises:
+        CertificateError: The gate was missed; the certificate is written all the same.
+    """
+    split = speech.split
+    with tqdm(total=len(split.test) * len(SYSTEMS)) as bar:
+        scores = certify(metadata, graphs, split.test, speech.masks, bar)
+    certificate = {
+        "schema_version": metadata.schema_version,
+        "tools": metadata.tools,
+        "test_speakers": sorted(speakers(split.test)),
+        "validation_speakers": sorted(speakers(split.validation)),
+        "calibration": [f"{clip.corpus}/{clip.path.name}" for clip in split.calibration],
+        **facts,
+        **scores,
+    }
+    (folder / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
+    draw(certificate, folder / "certificate.png")
+    for name, system in certificate["systems"].items():
+        tqdm.write(f"test, {name}: {brief(system)}")
+    check_gate(certificate)

@@ -1,13 +1,18 @@
 """How sure an answer is: the temperature and the abstain threshold, from validation clips only."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
+from tqdm import tqdm
 
 from edge_ser.recognizer import probabilities
 from export.metrics import Floats, Ints, nll
+from export.scores import brief, score
+from export.speech import Speech
 
 TEMPERATURES = (0.1, 10.0)
 """Where a temperature is looked for; answers that are all right would drive it to zero."""
@@ -50,9 +55,8 @@ def fit_temperature(logits: Sequence[npt.NDArray[np.floating]], true: Ints) -> f
 def abstain_threshold(probs: Floats, true: Ints) -> float:
     """Return the confidence below which an answer is called uncertain.
 
-    It is the largest threshold for which at most half of the answers below it are right: all that
-    is called uncertain, taken together, is then no better than a coin that knows the right label
-    and one wrong one.
+    It is the largest threshold for which at most half of the answers below it are right: what is
+    called uncertain is then, taken together, wrong at least as often as right.
 
     Args:
         probs: Of N validation clips, calibrated, shape (N, C).
@@ -69,3 +73,27 @@ def abstain_threshold(probs: Floats, true: Ints) -> float:
     rights_below = np.concatenate([[0], np.cumsum(right)])[below]
     doubtful = (below > 0) & (2 * rights_below <= below)
     return float(thresholds[doubtful].max(initial=0.0))
+
+
+def write_confidence(
+    speech: Speech, logits: Sequence[npt.NDArray[np.floating]], folder: Path
+) -> None:
+    """Fit temperature and threshold on the validation clips: ``confidence.json``.
+
+    Args:
+        speech: Whose validation clips they are.
+        logits: Of each validation clip, shape (W, C), by a network that has not heard them.
+        folder: Takes the file, with the validation scores beside.
+    """
+    clips = speech.split.validation
+    true = np.array([speech.labels.index(clip.emotion) for clip in clips])
+    temperature = fit_temperature(logits, true)
+    probs = clip_probs(logits, temperature)
+    scores = score(probs, clips, speech.labels, speech.masks)
+    tqdm.write(f"validation: {brief(scores)}")
+    found = {
+        "temperature": temperature,
+        "abstain_below": abstain_threshold(probs, true),
+        "validation": scores,
+    }
+    (folder / "confidence.json").write_text(json.dumps(found, indent=1))

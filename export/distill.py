@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from export.model import Classifier, load_classifier
+from export.confidence import write_confidence
+from export.model import Classifier, load_classifier, new_classifier
 from export.recipe import Distill, Recipe
+from export.speech import Speech
 from export.train import (
     CHECKPOINT,
     Targets,
@@ -21,8 +24,9 @@ from export.train import (
     masked_cross_entropy,
     one_cycle,
     save_checkpoint,
+    window_logits,
 )
-from export.views import Arrays, Compute, Samples, View
+from export.views import Arrays, Compute, Samples, View, load_views
 
 
 def load_teacher(recipe: Recipe, weights: Path | None, trained: Path) -> Compute:
@@ -205,3 +209,23 @@ def _loss(
     apart = 1 - functional.cosine_similarity(found, embedding).mean()
     hard = masked_cross_entropy(got.float(), target, mask)
     return settings.soft * soft + settings.embedding * apart + settings.hard * hard
+
+
+def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None:
+    """The stage: ``model.safetensors`` and ``confidence.json``.
+
+    Args:
+        speech: Clips, split and settings.
+        targets: The folder of the teacher's answers.
+        seed: Of the training.
+        folder: Takes the files, and a checkpoint an epoch.
+    """
+    recipe = speech.recipe
+    assert recipe.distill  # only recipes with [distill] have this stage
+    views = load_views(targets)
+    torch.manual_seed(seed)
+    student = new_classifier(recipe, weights=None)
+    train, validation = speech.where(speech.split.train), speech.where(speech.split.validation)
+    distill(student, views, Targets.of(speech), train, recipe.distill, seed=seed, folder=folder)
+    write_confidence(speech, window_logits(student, views, validation, "samples"), folder)
+    save_file(student.state_dict(), folder / "model.safetensors")

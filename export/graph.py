@@ -12,9 +12,12 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
+from tqdm import tqdm
 
+from edge_ser.bundle import SCHEMA_VERSION
 from export.errors import CertificateError
-from export.model import Classifier
+from export.model import Classifier, load_classifier
+from export.speech import RATE_HZ, Speech
 
 OPSET = 20  # LayerNormalization stays one node; TensorRT 10.3 and ONNX Runtime 1.20 both read it
 PARITY = 1e-4  # largest difference of a logit from torch's
@@ -84,3 +87,23 @@ def check_parity(
             f"{file.name} differs from torch by {worst:.1e} in a logit; allowed is below {PARITY}"
         )
     return worst
+
+
+def make_graph(speech: Speech, weights: Path | None, trained: Path, folder: Path) -> None:
+    """The stage: ``model.onnx``, and in ``parity.json`` how far it is from torch.
+
+    Args:
+        speech: Labels, and real speech for the comparison.
+        weights: Folder of pretrained checkpoints.
+        trained: Folder of the training stage.
+        folder: Takes the files.
+    """
+    model = load_classifier(speech.recipe, weights, trained / "model.safetensors")
+    properties = {"labels": speech.labels, "sample_rate_hz": RATE_HZ}
+    properties["schema_version"] = SCHEMA_VERSION
+    file = folder / "model.onnx"
+    export_graph(model, properties, RATE_HZ, file)
+    windows = sorted(speech.first_windows(speech.split.calibration), key=len)
+    worst = check_parity(model, file, windows[:: max(1, len(windows) // 8)])
+    (folder / "parity.json").write_text(json.dumps({"worst_logit_difference": worst}))
+    tqdm.write(f"graph: differs from torch by {worst:.1e} at most")

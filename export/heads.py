@@ -32,7 +32,7 @@ class DilatedBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.conv = nn.Conv1d(dim, dim, 3, padding=dilation, dilation=dilation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(dropout)
 
     def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(N, D, F)`` to ``(N, D, F)``; masked frames enter the convolution as its padding."""
@@ -59,7 +59,8 @@ class CnnHead(nn.Module):
         super().__init__()
         self.embedding_dim = 2 * width
         self.weights = nn.Parameter(torch.zeros(states))
-        self.dropout = nn.Dropout(dropout)
+        self.drop_channels = nn.Dropout1d(dropout)
+        self.drop_values = nn.Dropout(dropout)
         self.project = nn.Conv1d(dim, width, 1)
         self.blocks = nn.ModuleList(DilatedBlock(width, d, dropout) for d in (1, 2))
         self.pool = AttentivePooling(width)
@@ -79,9 +80,10 @@ class CnnHead(nn.Module):
         # Hidden states differ by orders of magnitude from layer to layer; normalising each makes
         # the learned weights mean what they say.
         states = functional.layer_norm(states, states.shape[-1:])
-        mixed = (states * self.weights.softmax(dim=0)[:, None, None]).sum(dim=1)  # (N, F, D)
-        frames = functional.gelu(self.project(self.dropout(mixed.transpose(1, 2))))
+        shares = self.weights.softmax(dim=0).unbind()
+        mixed = sum(s * state for s, state in zip(shares, states.unbind(dim=1), strict=True))
+        frames = functional.gelu(self.project(self.drop_channels(mixed.transpose(1, 2))))
         for block in self.blocks:
             frames = block(frames, mask)
         embedding = self.norm(self.pool(frames, mask))
-        return self.classify(self.dropout(embedding)), embedding
+        return self.classify(self.drop_values(embedding)), embedding

@@ -29,6 +29,12 @@ def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead:
     return CnnHead(states, dim, labels, recipe.head.width, recipe.head.dropout)
 
 
+def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:
+    """Return the network of a recipe: the encoder pretrained where it is, the head untrained."""
+    encoder = load_encoder(recipe.encoder, weights, recipe.windows.window_s)
+    return Classifier(encoder, new_head(recipe, encoder.states, encoder.dim))
+
+
 def load_classifier(recipe: Recipe, weights: Path | None, trained: Path) -> Classifier:
     """Return the trained network of a recipe, in evaluation mode.
 
@@ -38,8 +44,7 @@ def load_classifier(recipe: Recipe, weights: Path | None, trained: Path) -> Clas
         trained: ``model.safetensors`` of the training stage: the head of a frozen encoder, or the
             whole student.
     """
-    encoder = load_encoder(recipe.encoder, weights, recipe.windows.window_s)
-    model = Classifier(encoder, new_head(recipe, encoder.states, encoder.dim))
+    model = new_classifier(recipe, weights)
     part = model.head if recipe.train else model
     part.load_state_dict(load_file(trained))
     return model.eval()

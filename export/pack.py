@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ import numpy as np
 from edge_ser import audio
 from edge_ser.bundle import Bundle, BundleFile, Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
+from edge_ser.samples import sample_paths
+from export import corpora
+from export.card import model_card
+from export.speech import RATE_HZ, Speech
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "soxr")
 SELFTEST_S = (0.5, 1.5, 3.0)
@@ -41,21 +45,21 @@ def write_selftest(graphs: Path, sample: Path, rate_hz: int, file: Path) -> None
     np.savez_compressed(file, **arrays)
 
 
-def pack(metadata: Metadata, graphs: Path, certificate: Path, sample: Path, folder: Path) -> Bundle:
-    """Fill a folder with a bundle and open it as a user would.
+def make_bundle(metadata: Metadata, graphs: Path, certificate: Path, folder: Path) -> None:
+    """The stage: fill a folder with a bundle, and open it as a user would.
 
     Args:
         metadata: All but ``files``.
         graphs: Folder of the full-precision and INT8 graphs.
         certificate: Folder of ``certificate.json`` and ``.png``.
-        sample: The clip of the self-test.
         folder: Takes the bundle.
 
-    Returns:
-        The checked bundle.
+    Raises:
+        BundleError: The runtime would refuse it.
     """
     for file in (*graphs.glob("model*"), *certificate.glob("certificate.*")):
         shutil.copyfile(file, folder / file.name)
+    sample = sample_paths()[0]
     write_selftest(graphs, sample, metadata.sample_rate_hz, folder / "selftest.npz")
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
@@ -66,68 +70,32 @@ def pack(metadata: Metadata, graphs: Path, certificate: Path, sample: Path, fold
     }
     whole = replace(metadata, files=entries)
     (folder / "metadata.json").write_text(json.dumps(whole.to_json(), indent=1) + "\n")
-    return Bundle.open(folder)
+    Bundle.open(folder)
 
 
-def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
-    """Return the bundle's README: what it is, what it scored, what it must not be used for."""
-    fp32, int8 = (certificate["systems"][name] for name in ("fp32", "int8_x86"))
+def describe(
+    speech: Speech, confidence: Mapping[str, Any], teacher: Mapping[str, Any] | None
+) -> Metadata:
+    """Return what a bundle says about itself, all but its files.
 
-    def cell(interval: Mapping[str, Any]) -> str:
-        return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-
-    rows = [
-        f"| {name} | {row['clips']} | {len(row['speakers'])} | {cell(row['masked']['ua'])} | "
-        f"{cell(int8['corpora'][name]['masked']['ua'])} |"
-        for name, row in fp32["corpora"].items()
-    ]
-    rows.append(
-        f"| pooled, all labels | {fp32['pooled']['clips']} | | {cell(fp32['pooled']['ua'])} | "
-        f"{cell(int8['pooled']['ua'])} |"
-    )
-    gate = certificate["gate"]["int8_x86"]
-    corpora = [f"- {c['name']} ({c['language']}): {c['licence']}. {c['source']}" for c in
-               metadata.corpora]  # fmt: skip
-    languages = sorted({corpus["language"] for corpus in metadata.corpora})
-    front = ["---", "library_name: edge-ser", "pipeline_tag: audio-classification"]
-    front += [f"language: [{', '.join(languages)}]", "license: other", "---"]
-    return "\n".join(
-        [
-            *front,
-            "",
-            f"# {metadata.name}",
-            "",
-            f"Speech emotion recognition: {', '.join(metadata.labels)}. INT8 ONNX for CPUs, made "
-            "and certified by edge_ser.",
-            "",
-            f"Encoder: `{json.dumps(metadata.encoder)}`. Head: `{json.dumps(metadata.head)}`. "
-            f"Teacher: `{json.dumps(metadata.teacher)}`.",
-            "",
-            "## Scores",
-            "",
-            "Unweighted accuracy on test speakers that nothing was trained or chosen on; 95 % "
-            "bootstrap intervals. Masked to the labels of each corpus; pooled among all labels.",
-            "",
-            "| corpus | clips | speakers | full precision | INT8 |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"INT8 gives the same label as full precision on {gate['labels_equal']:.1%} of the "
-            f"clips and keeps {gate['ua_kept']:.1%} of the pooled UA. Seed {certificate['seed']}. "
-            "`certificate.json` has everything else.",
-            "",
-            "## Limits",
-            "",
-            "Trained on acted and broadcast speech of few speakers. It tells how speech sounds, "
-            "not what a person feels. Not for judging people, for hiring, schooling, policing or "
-            "health.",
-            "",
-            "## Corpora",
-            "",
-            *corpora,
-            "",
-            "Several of them allow research only or no commercial use; that carries over to these "
-            "weights.",
-            "",
-        ]
+    Args:
+        speech: Recipe and corpora.
+        confidence: Temperature and threshold.
+        teacher: What it was distilled from.
+    """
+    recipe = speech.recipe
+    return Metadata(
+        name=recipe.name,
+        labels=recipe.data.labels,
+        sample_rate_hz=RATE_HZ,
+        window_s=recipe.windows.window_s,
+        hop_s=recipe.windows.hop_s,
+        temperature=confidence["temperature"],
+        abstain_below=confidence["abstain_below"],
+        encoder={key: value for key, value in asdict(recipe.encoder).items() if value},
+        head=asdict(recipe.head),
+        teacher=dict(teacher) if teacher else None,
+        corpora=tuple(corpora.describe(speech.clips)),
+        tools=tool_versions(),
+        files={},
     )

@@ -5,6 +5,8 @@ weights per channel). Its activations rewritten to unsigned with zero point 128 
 numbers, and on x86 with VNNI ONNX Runtime multiplies those several times faster.
 """
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
+
+from export.speech import Speech
 
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 WEIGHTS = "model_int8.bin"
@@ -194,3 +198,20 @@ def save_with_shared_weights(models: Mapping[Path, onnx.ModelProto], least: int 
             file.write_bytes(model.SerializeToString())
     for file in models:
         onnx.checker.check_model(str(file))  # by path: only so does it find the weights
+
+
+def make_int8(speech: Speech, graph: Path, folder: Path) -> None:
+    """The stage: the INT8 graphs beside the full-precision one, and ``quantization.json``.
+
+    Args:
+        speech: The calibration clips.
+        graph: The folder of ``model.onnx``.
+        folder: Takes the files.
+    """
+    fp32 = graph / "model.onnx"
+    windows = speech.first_windows(speech.split.calibration)
+    kept = quantize(fp32, windows, folder)
+    errors = layer_errors(fp32, folder / "model_int8_x86.onnx", windows[:8])
+    found = {"float_nodes": kept, "layer_error": errors}
+    (folder / "quantization.json").write_text(json.dumps(found, indent=1))
+    shutil.copyfile(fp32, folder / fp32.name)

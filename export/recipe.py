@@ -34,6 +34,10 @@ class Data:
     validation: tuple[str, ...] = ()
     calibration_clips: int = 256
 
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise RecipeError(f"labels {list(self.labels)}, allowed are two or more, each once")
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -41,6 +45,15 @@ class Windows:
 
     window_s: float
     hop_s: float
+
+    def __post_init__(self) -> None:
+        # What a bundle's metadata demands, checked before the hours of training and not after.
+        overlap_s = round(self.window_s - self.hop_s, 6)
+        if not (self.window_s <= 60 and self.hop_s >= 0.01 and overlap_s >= 0.4):
+            raise RecipeError(
+                f"windows of {self.window_s!r} s every {self.hop_s!r} s, "
+                "allowed are windows up to 60 s, every 0.01 s to 0.4 s less than the window"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class EncoderChoice:
         family: "whisper" (pretrained, frozen) or "mel" (trained from scratch).
         source: For whisper: a folder under ``--weights`` or a hub id.
         layers: Transformer layers kept (whisper) or residual blocks (mel).
+        states: How many hidden states of whisper the head weighs, the uppermost.
         width: Channels of a mel encoder.
         mels: Mel bands of a mel encoder.
     """
@@ -58,6 +72,7 @@ class EncoderChoice:
     family: str
     layers: int
     source: str = ""
+    states: int = 3
     width: int = 384
     mels: int = 64
 

@@ -36,12 +36,15 @@ def run_seeds(
         EdgeSerError: The recipe cannot be run, or a seed missed the gate.
     """
     runs = [Run(recipe, corpora, weights, out, seed=s, only=only, start=start) for s in seeds]
-    runs[0].run_shared()
-    if only in runs[0].shared:
+    shared = runs[0].shared()
+    runs[0].make(shared)
+    if only in [stage.name for stage in shared]:
         return
     if len(seeds) == 1:
-        runs[0].run_seeded()
+        runs[0].make(runs[0].seeded())
         return
+    for run in runs[1:]:
+        run.keys.update(runs[0].keys)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for result in [pool.submit(_run_seed, run) for run in runs]:
             result.result()
@@ -55,7 +58,7 @@ def run_seeds(
 
 def _run_seed(run: Run) -> None:
     torch.set_num_threads(1)
-    run.run_seeded()
+    run.make(run.seeded())
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:

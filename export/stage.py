@@ -32,7 +32,7 @@ def run_stage(
         The key of the stage, for the ``reads`` of the next.
     """
     document = json.loads(json.dumps(reads, default=_plain, sort_keys=True))
-    key = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(document).encode()).hexdigest()
     done = {"key": key, "reads": document}
     if not again and _read(folder / KEY_FILE) == done:
         print(f"{folder}: nothing changed", file=sys.stderr)

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from export.corpora import Clip, label_mask
+from export.confidence import write_confidence
+from export.heads import CnnHead
+from export.model import new_head
 from export.recipe import Train
-from export.views import View
+from export.speech import Speech
+from export.views import View, load_views
 
 CHECKPOINT = "checkpoint.pt"
 SHORTEST = 10  # frames of 40 ms: the runtime refuses less than 0.4 s
@@ -28,13 +32,11 @@ class Targets:
     mask: Tensor
 
     @classmethod
-    def of(cls, clips: Sequence[Clip], labels: Sequence[str]) -> "Targets":
-        """Read them off clips whose emotions are among the labels."""
-        masks = label_mask(clips, labels)
-        return cls(
-            torch.tensor([labels.index(clip.emotion) for clip in clips]),
-            torch.from_numpy(np.stack([masks[clip.corpus] for clip in clips])),
-        )
+    def of(cls, speech: Speech) -> "Targets":
+        """Read them off all clips of a recipe."""
+        masks = np.stack([speech.masks[clip.corpus] for clip in speech.clips])
+        labels = [speech.labels.index(clip.emotion) for clip in speech.clips]
+        return cls(torch.tensor(labels), torch.from_numpy(masks))
 
 
 def one_cycle(progress: float, rise: float = 0.05) -> float:
@@ -214,3 +216,38 @@ def window_logits(
             taken = torch.from_numpy(view.arrays[array]).float()
             found[view.clip].append(network(taken[None])[0].numpy())
     return [np.concatenate(found[clip]) for clip in clips]
+
+
+def fit_head(
+    speech: Speech, views: Sequence[View], chosen: Sequence[int], seed: int, folder: Path
+) -> CnnHead:
+    """Return a head of the recipe, trained on some clips; resumes what lies in ``folder``."""
+    settings = speech.recipe.train
+    assert settings  # only recipes with [train] have this stage
+    folder.mkdir(exist_ok=True)
+    states, _, dim = views[0].arrays["states"].shape
+    torch.manual_seed(seed)
+    head = new_head(speech.recipe, states, dim)
+    targets = Targets.of(speech)
+    train_head(head, views, targets, chosen, settings, seed=seed, folder=folder)
+    return head
+
+
+def make_head(speech: Speech, features: Path, seed: int, folder: Path) -> None:
+    """The stage: ``model.safetensors`` and ``confidence.json``.
+
+    Args:
+        speech: Clips, split and settings.
+        features: The folder of the encoder's views.
+        seed: Of the training.
+        folder: Takes the files, and a checkpoint an epoch.
+    """
+    views = load_views(features)
+    train, validation = speech.where(speech.split.train), speech.where(speech.split.validation)
+    head = fit_head(speech, views, train, seed, folder / "choice")
+    write_confidence(speech, window_logits(head, views, validation), folder)
+    settings = speech.recipe.train
+    assert settings  # only recipes with [train] have this stage
+    if settings.refit:
+        head = fit_head(speech, views, train + validation, seed, folder / "refit")
+    save_file(head.state_dict(), folder / "model.safetensors")

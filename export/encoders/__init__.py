@@ -5,13 +5,15 @@ Every encoder has ``states`` (S), ``dim`` (D) and ``frame_rate_hz``.
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from export.encoders.mel import MelEncoder
 from export.encoders.whisper import load_whisper
 from export.recipe import EncoderChoice
+from export.views import Arrays, Compute, Samples
 
-__all__ = ["load_encoder"]
+__all__ = ["encode_states", "load_encoder"]
 
 
 def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -> nn.Module:
@@ -29,4 +31,15 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
         return MelEncoder(choice.mels, choice.width, choice.layers)
     local = weights / choice.source if weights else None
     source = str(local) if local and local.is_dir() else choice.source
-    return load_whisper(source, choice.layers, window_s)
+    return load_whisper(source, choice.layers, window_s, choice.states)
+
+
+def encode_states(choice: EncoderChoice, weights: Path | None, window_s: float) -> Compute:
+    """Return what computes the hidden states (S, F, D) of a window, in half precision."""
+    encoder = load_encoder(choice, weights, window_s)
+
+    @torch.no_grad()
+    def compute(samples: Samples) -> Arrays:
+        return {"states": encoder(torch.from_numpy(samples)[None])[0].half().numpy()}
+
+    return compute

@@ -65,23 +65,27 @@ class WhisperEncoder(nn.Module):
         config: The checkpoint's ``config.json``.
         layers: How many transformer layers are kept.
         window_s: Longest input in seconds; the position table is cut to it.
+        states: How many of the hidden states are returned, the uppermost: 1 to ``layers + 1``, for
+            the embedding has one too.
 
     Attributes:
-        states: Number of hidden states returned: the embedding's and each layer's.
+        states: As given.
         dim: Width ``D`` of a hidden state.
     """
 
     frame_rate_hz = 25.0
 
-    def __init__(self, config: dict, layers: int, window_s: float) -> None:
+    def __init__(self, config: dict, layers: int, window_s: float, states: int) -> None:
         super().__init__()
         self.dim: int = config["d_model"]
-        self.states = layers + 1
+        self.states = states
         positions = round(window_s * 50)
         if not 1 <= layers <= config["encoder_layers"]:
             raise RecipeError(
                 f"layers = {layers}: this encoder has 1 to {config['encoder_layers']} layers"
             )
+        if not 1 <= states <= layers + 1:
+            raise RecipeError(f"states = {states}: {layers} layers have 1 to {layers + 1} states")
         if positions > config["max_source_positions"]:
             raise RecipeError(f"window_s = {window_s}: Whisper hears at most 30 s; shorten it")
         self.mel = LogMel(config["num_mel_bins"])
@@ -102,17 +106,19 @@ class WhisperEncoder(nn.Module):
         states = [hidden]
         for layer in self.layers:
             states.append(layer(states[-1]))
-        pairs = [functional.avg_pool1d(state.transpose(1, 2), 2) for state in states]
-        return torch.stack(pairs, dim=1).transpose(2, 3)  # (N, S, F, D)
+        frames = hidden.shape[1] // 2 * 2
+        pairs = [state[:, :frames].unflatten(1, (-1, 2)).mean(dim=2) for state in states[-self.states :]]
+        return torch.stack(pairs, dim=1)  # (N, S, F, D)
 
 
-def load_whisper(source: str, layers: int, window_s: float) -> WhisperEncoder:
+def load_whisper(source: str, layers: int, window_s: float, states: int) -> WhisperEncoder:
     """Build the encoder and fill it from a checkpoint, every tensor accounted for.
 
     Args:
         source: A folder with ``config.json`` and ``model.safetensors``, or a hub id.
         layers: How many transformer layers are kept; the others are left out.
         window_s: Longest input in seconds.
+        states: How many of the uppermost hidden states are returned.
 
     Returns:
         The encoder, in evaluation mode.
@@ -124,7 +130,8 @@ def load_whisper(source: str, layers: int, window_s: float) -> WhisperEncoder:
     if not folder.is_dir():
         files = ["config.json", "model.safetensors"]
         folder = Path(snapshot_download(source, allow_patterns=files))
-    encoder = WhisperEncoder(json.loads((folder / "config.json").read_text()), layers, window_s)
+    config = json.loads((folder / "config.json").read_text())
+    encoder = WhisperEncoder(config, layers, window_s, states)
     prefix = "model.encoder."
     tensors = {
         name.removeprefix(prefix): tensor.float()

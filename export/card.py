@@ -1,0 +1,73 @@
+"""The model card: the README of a bundle, generated from its metadata and its certificate."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from edge_ser.bundle import Metadata
+
+
+def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
+    """Return the bundle's README: what it is, what it scored, what it must not be used for."""
+    fp32, int8 = (certificate["systems"][name] for name in ("fp32", "int8_x86"))
+
+    def cell(interval: Mapping[str, Any]) -> str:
+        return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+
+    rows = [
+        f"| {name} | {row['clips']} | {len(row['speakers'])} | {cell(row['masked']['ua'])} | "
+        f"{cell(int8['corpora'][name]['masked']['ua'])} |"
+        for name, row in fp32["corpora"].items()
+    ]
+    rows.append(
+        f"| pooled, all labels | {fp32['pooled']['clips']} | | {cell(fp32['pooled']['ua'])} | "
+        f"{cell(int8['pooled']['ua'])} |"
+    )
+    gate = certificate["gate"]["int8_x86"]
+    sources = [
+        f"- {corpus['name']} ({corpus['language']}): {corpus['licence']}. {corpus['source']}"
+        for corpus in metadata.corpora
+    ]
+    languages = sorted({corpus["language"] for corpus in metadata.corpora})
+    front = ["---", "library_name: edge-ser", "pipeline_tag: audio-classification"]
+    front += [f"language: [{', '.join(languages)}]", "license: other", "---"]
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {metadata.name}",
+            "",
+            f"Speech emotion recognition: {', '.join(metadata.labels)}. INT8 ONNX for CPUs, made "
+            "and certified by edge_ser.",
+            "",
+            f"Encoder: `{json.dumps(metadata.encoder)}`. Head: `{json.dumps(metadata.head)}`. "
+            f"Teacher: `{json.dumps(metadata.teacher)}`.",
+            "",
+            "## Scores",
+            "",
+            "Unweighted accuracy on test speakers that nothing was trained or chosen on; 95 % "
+            "bootstrap intervals. Masked to the labels of each corpus; pooled among all labels.",
+            "",
+            "| corpus | clips | speakers | full precision | INT8 |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"INT8 gives the same label as full precision on {gate['labels_equal']:.1%} of the "
+            f"clips and keeps {gate['ua_kept']:.1%} of the pooled UA. Seed {certificate['seed']}. "
+            "`certificate.json` has everything else.",
+            "",
+            "## Limits",
+            "",
+            "Trained on acted and broadcast speech of few speakers. It tells how speech sounds, "
+            "not what a person feels. Not for judging people, for hiring, schooling, policing or "
+            "health.",
+            "",
+            "## Corpora",
+            "",
+            *sources,
+            "",
+            "Several of them allow research only or no commercial use; that carries over to these "
+            "weights.",
+            "",
+        ]
+    )

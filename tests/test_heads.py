@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+
+from export.heads import AttentivePooling, CnnHead, DilatedBlock
+
+LONGEST = 24
+
+
+def head(**settings):
+    torch.manual_seed(0)
+    made = CnnHead(3, 16, 4, width=8, **settings).eval()
+    torch.nn.init.normal_(made.weights)
+    return made
+
+
+@pytest.mark.parametrize("frames", range(1, LONGEST + 1))
+def test_padding_behind_a_mask_changes_nothing(frames):
+    network = head()
+    states = torch.randn(2, 3, frames, 16)
+    padded = 100 * torch.randn(2, 3, LONGEST, 16)
+    padded[:, :, :frames] = states
+    mask = (torch.arange(LONGEST) < frames).expand(2, 1, LONGEST)
+    with torch.no_grad():
+        for alone, masked in zip(network(states), network(padded, mask), strict=True):
+            torch.testing.assert_close(masked, alone, atol=1e-5, rtol=0)
+
+
+def test_without_a_mask_the_padding_is_heard():
+    network = head()
+    states = torch.randn(1, 3, 12, 16)
+    with torch.no_grad():
+        whole, part = network(states)[0], network(states[:, :, :8])[0]
+    assert (whole - part).abs().max() > 1e-3
+
+
+def constant(pool):
+    """Make every frame of a channel score the same, whatever the frames are."""
+    torch.nn.init.zeros_(pool.score[2].weight)
+    torch.nn.init.normal_(pool.score[2].bias)
+    return pool
+
+
+@pytest.mark.parametrize("real", [1, 5, 9])
+def test_equal_scores_pool_to_mean_and_standard_deviation(real):
+    frames = torch.randn(2, 6, 9)
+    mask = (torch.arange(9) < real).expand(2, 1, 9)
+    with torch.no_grad():
+        found = constant(AttentivePooling(6))(frames, mask).numpy()
+    heard = frames.numpy()[:, :, :real]
+    expected = np.concatenate([heard.mean(axis=2), np.sqrt(heard.var(axis=2) + 1e-5)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_weigh_frames_by_their_softmax():
+    pool = AttentivePooling(1, bottleneck=1)
+    for weight in pool.parameters():
+        torch.nn.init.zeros_(weight)
+    pool.score[0].weight.data.fill_(1.0)
+    pool.score[2].weight.data.fill_(np.log(3) / np.tanh(1))  # scores of the frames: 0 and ln 3
+    with torch.no_grad():
+        mean, deviation = pool(torch.tensor([[[0.0, 1.0]]]))[0].tolist()
+    assert mean == pytest.approx(3 / 4)
+    assert deviation == pytest.approx(np.sqrt(3 / 16 + 1e-5))
+
+
+def test_a_block_hears_its_neighbours_at_the_dilation_only():
+    torch.manual_seed(0)
+    block = DilatedBlock(4, dilation=3, dropout=0.0).eval()
+    frames = torch.randn(1, 4, 15)
+    changed = frames.clone()
+    changed[:, :, 7] += torch.randn(4)
+    with torch.no_grad():
+        moved = (block(changed) - block(frames)).abs().amax(dim=(0, 1)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [4, 7, 10]
+
+
+def test_states_are_weighted_and_their_scale_is_not():
+    network = head()
+    states = torch.randn(1, 3, 10, 16)
+    with torch.no_grad():
+        expected = network(states)[0]
+        scales = torch.tensor([1.0, 50.0, 1000.0])[:, None, None]
+        torch.testing.assert_close(network(states * scales)[0], expected, atol=1e-4, rtol=1e-4)
+        network.weights[:] = torch.tensor([0.0, 60.0, 0.0])
+        chosen = network(states)[0]
+        states[:, [0, 2]] = torch.randn(1, 2, 10, 16)
+        torch.testing.assert_close(network(states)[0], chosen)
+
+
+def test_the_shapes_are_as_promised():
+    logits, embedding = head()(torch.randn(5, 3, 10, 16))
+    assert logits.shape == (5, 4)
+    assert embedding.shape == (5, 16)
+    assert head().embedding_dim == 16
+
+
+def test_the_default_head_has_about_half_a_million_parameters():
+    network = CnnHead(states=5, dim=512, classes=7)
+    parts = {
+        "weights": 5,
+        "project": 512 * 256 + 256,
+        "blocks": 2 * (3 * 256 * 256 + 256 + 2 * 256),
+        "pool": 256 * 64 + 64 + 64 * 256 + 256,
+        "norm": 2 * 512,
+        "classify": 512 * 7 + 7,
+    }
+    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 563_788

@@ -1,0 +1,224 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+from export.encoders import encode_states, load_encoder
+from export.encoders.whisper import load_whisper
+from export.errors import RecipeError
+from export.recipe import EncoderChoice
+from tests.speech_corpus import make_whisper
+
+RATE_HZ = 16000
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper")
+    make_whisper(folder)
+    return folder
+
+
+def speech(seconds, seed=0, level=0.1):
+    rng = np.random.default_rng(seed)
+    return (level * rng.standard_normal(round(seconds * RATE_HZ))).astype(np.float32)
+
+
+def states_of_transformers(model, samples, bins=80):
+    """Return the input of every layer and the output of the last, averaged in pairs: (S, F, D).
+
+    The model hears as many seconds as its position table is long, which the samples must be.
+    """
+    seconds = model.config.max_source_positions // 50
+    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=seconds)
+    mel = extractor(samples, sampling_rate=RATE_HZ, return_tensors="pt").input_features
+    encoder = model.get_encoder()
+    found = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for layer in (*encoder.layers, encoder.layer_norm)
+    ]
+    with torch.no_grad():
+        encoder(mel)
+    for hook in hooks:
+        hook.remove()
+    stacked = torch.cat(found)  # (S, F at 50 Hz, D)
+    return (stacked[:, 0::2] + stacked[:, 1::2]) / 2
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_hidden_states_are_those_of_transformers(tmp_path, layers):
+    model = make_whisper(tmp_path, seconds=2, encoder_layers=3)
+    samples = speech(2)
+    with torch.no_grad():
+        found = load_whisper(str(tmp_path), layers, 2.0)(torch.from_numpy(samples)[None])[0]
+    expected = states_of_transformers(model, samples)
+    assert found.shape == (layers + 1, 50, 32)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected[: layers + 1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.corpora
+@pytest.mark.parametrize("layers", [4, 6])
+def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
+    folder = Path(os.environ["EDGE_SER_WEIGHTS"]) / "whisper-base-encoder"
+    model = WhisperModel.from_pretrained(folder).eval()
+    model.config.max_source_positions = 3 * 50
+    model.encoder.max_source_positions = 3 * 50
+    model.encoder.embed_positions.weight.data = model.encoder.embed_positions.weight[: 3 * 50]
+    samples = speech(3)
+    with torch.no_grad():
+        found = load_whisper(str(folder), layers, 4.0)(torch.from_numpy(samples)[None])[0]
+    expected = states_of_transformers(model, samples)[: layers + 1]
+    # The states grow to about 100 from layer to layer.
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_said_of_the_encoder_is_true(checkpoint):
+    encoder = load_whisper(str(checkpoint), 2, 1.0)
+    assert (encoder.states, encoder.dim, encoder.frame_rate_hz) == (3, 32, 25.0)
+    assert not encoder.training
+    assert encoder(torch.zeros(2, RATE_HZ)).shape == (2, 3, 25, 32)
+
+
+@pytest.mark.parametrize(
+    ("samples", "frames"), [(6400, 10), (6719, 10), (6879, 10), (6880, 11), (16000, 25)]
+)
+def test_a_window_is_as_long_as_it_is(checkpoint, samples, frames):
+    encoder = load_whisper(str(checkpoint), 1, 1.0)
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, samples)).shape == (1, 2, frames, 32)
+
+
+def test_nothing_is_shared_between_the_windows_of_a_batch(checkpoint):
+    encoder = load_whisper(str(checkpoint), 2, 1.0)
+    samples = torch.from_numpy(
+        np.stack([speech(1, seed, level) for seed, level in ((1, 1e-4), (2, 1.0))])
+    )
+    with torch.no_grad():
+        both = encoder(samples)
+        for row in range(2):
+            alone = encoder(samples[row : row + 1])
+            torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_a_choice_is_found_below_the_weights(checkpoint):
+    choice = EncoderChoice("whisper", 2, source=checkpoint.name)
+    encoder = load_encoder(choice, checkpoint.parent, 1.0)
+    expected = load_whisper(str(checkpoint), 2, 1.0)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
+
+
+def test_states_are_cached_in_half_precision(checkpoint):
+    choice = EncoderChoice("whisper", 2, source=checkpoint.name)
+    samples = speech(0.8)
+    states = encode_states(choice, checkpoint.parent, 1.0)(samples)["states"]
+    assert states.dtype == np.float16
+    with torch.no_grad():
+        expected = load_whisper(str(checkpoint), 2, 1.0)(torch.from_numpy(samples)[None])[0]
+    np.testing.assert_array_equal(states, expected.numpy().astype(np.float16))
+
+
+def changed(checkpoint, folder, change):
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text((checkpoint / "config.json").read_text())
+    return str(folder)
+
+
+def refused(*args):
+    with pytest.raises(RecipeError) as fault:
+        load_whisper(*args)
+    return str(fault.value)
+
+
+def test_a_missing_tensor_is_named(checkpoint, tmp_path):
+    source = changed(checkpoint, tmp_path, lambda t: t.pop("model.encoder.layers.0.fc1.bias"))
+    assert refused(source, 2, 1.0) == (
+        f"{source}: missing tensors ['layers.0.fc1.bias'], unexpected []; "
+        "a Whisper checkpoint with these layers is needed"
+    )
+
+
+def test_an_unexpected_tensor_is_named(checkpoint, tmp_path):
+    more = {"model.encoder.layers.1.gate": torch.zeros(1)}
+    source = changed(checkpoint, tmp_path, lambda t: t.update(more))
+    assert refused(source, 2, 1.0) == (
+        f"{source}: missing tensors [], unexpected ['layers.1.gate']; "
+        "a Whisper checkpoint with these layers is needed"
+    )
+
+
+def test_what_belongs_to_layers_that_are_not_kept_may_be_missing(checkpoint, tmp_path):
+    source = changed(checkpoint, tmp_path, lambda t: t.pop("model.encoder.layers.1.fc1.bias"))
+    assert load_whisper(source, 1, 1.0).states == 2
+
+
+def test_half_precision_checkpoints_are_read(checkpoint, tmp_path):
+    def halve(tensors):
+        tensors |= {name: tensor.half() for name, tensor in tensors.items()}
+
+    weight = load_whisper(changed(checkpoint, tmp_path, halve), 1, 1.0).conv1.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, load_whisper(str(checkpoint), 1, 1.0).conv1.weight.half().float())
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_layers_that_the_encoder_does_not_have_are_refused(checkpoint, layers):
+    line = refused(str(checkpoint), layers, 1.0)
+    assert line == f"layers = {layers}: this encoder has 1 to 2 layers"
+
+
+def test_more_than_30_s_are_refused(checkpoint):
+    assert load_whisper(str(checkpoint), 1, 30.0).embed_positions.weight.shape == (1500, 32)
+    line = refused(str(checkpoint), 1, 30.5)
+    assert line == "window_s = 30.5: Whisper hears at most 30 s; shorten it"
+
+
+def load_offline(home, source):
+    """Load by hub id in a process of its own: the hub's settings are read at import."""
+    script = "import sys; from export.encoders.whisper import load_whisper\n"
+    script += "print(float(load_whisper(sys.argv[1], 2, 1.0).conv1.weight.detach().double().sum()))"
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, source],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_hub_id_is_found_in_the_cache_of_the_hub(checkpoint, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--small"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "refs", repository / "blobs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for name in ("config.json", "model.safetensors"):
+        (repository / "blobs" / name[:5]).write_bytes((checkpoint / name).read_bytes())
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", name[:5]))
+    done = load_offline(tmp_path, "someone/small")
+    assert done.returncode == 0, done.stderr
+    expected = load_whisper(str(checkpoint), 2, 1.0).conv1.weight.double().sum()
+    assert float(done.stdout) == float(expected)
+
+
+@pytest.mark.parametrize("source", ["someone/absent", "whisper-base-encoder", "no/hub/id"])
+def test_a_source_that_is_nowhere_is_one_line(tmp_path, source):
+    last = load_offline(tmp_path, source).stderr.splitlines()[-1]
+    assert last.startswith(f"export.errors.RecipeError: no checkpoint {source!r}: ")
