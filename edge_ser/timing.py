@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -97,7 +98,14 @@ def summary(samples_ms: Sequence[float]) -> dict[str, float | None]:
 
 
 def peak_memory_mb() -> float:
-    """Return the largest resident memory of this process so far, in MB of 10^6 bytes."""
+    """Return the largest resident memory of this process so far, in MB of 10^6 bytes.
+
+    Linux tells it in ``/proc``; what `getrusage` tells there is inherited from the parent process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", type=_seeds, default=(0,), help="one or more, such as 0,1,2 (default: 0)"
     )
     stages = run.add_mutually_exclusive_group()
-    stages.add_argument("--only", metavar="STAGE", help="make this stage again, then stop")
+    stages.add_argument(
+        "--only", metavar="STAGE", help="make this stage again and stop; later ones are forgotten"
+    )
     stages.add_argument("--from", dest="start", metavar="STAGE", help="make it and all later again")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

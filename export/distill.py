@@ -125,6 +125,7 @@ def distill(
     parts = nn.ModuleList([student, translate])
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=settings.weight_decay)
     average = WeightAverage(student, settings.average)
+    weights = targets.weights(chosen, settings.balance)
     epoch, spent_s = 0, 0.0
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
@@ -153,7 +154,8 @@ def distill(
                 student,
                 translate,
                 [picked[i] for i in batch],
-                targets.label[clips],
+                functional.one_hot(targets.label[clips], targets.mask.shape[1])
+                * weights[clips, None],
                 targets.mask[clips],
                 settings,
                 mixing,
@@ -179,17 +181,16 @@ def _loss(
     student: Classifier,
     translate: nn.Module,
     views: Sequence[View],
-    label: Tensor,
+    target: Tensor,
     mask: Tensor,
     settings: Distill,
     rng: np.random.Generator,
 ) -> Tensor:
-    """Return the loss of one batch."""
+    """Return the loss of one batch of windows with target probs ``(N, C)``."""
     samples, real = pad_samples([view.arrays["samples"] for view in views])
     logits = torch.from_numpy(np.stack([view.arrays["logits"] for view in views]))
     embedding = torch.from_numpy(np.stack([view.arrays["embedding"] for view in views]))
     answers = (logits / settings.temperature).softmax(dim=1)
-    target = functional.one_hot(label, mask.shape[1]).float()
     if settings.mixup:
         share = float(rng.beta(settings.mixup, settings.mixup))
         other = torch.from_numpy(rng.permutation(len(views)))

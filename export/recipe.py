@@ -1,5 +1,6 @@
 """A recipe: one TOML file that says everything that a model is made of, read into dataclasses."""
 
+import re
 import sys
 import types
 import typing
@@ -95,6 +96,7 @@ class Train:
         batch: Clips a step.
         learning_rate: Peak of the one-cycle schedule.
         weight_decay: Of AdamW.
+        balance: How much rare labels of small corpora count: the power of `Targets.weights`.
         label_smoothing: Share of the target spread over the labels of the clip's corpus.
         mixup: Parameter of the Beta distribution that two clips of a batch are mixed by; 0 is off.
         average: Decay of the moving average of the weights, which is what is kept.
@@ -108,6 +110,7 @@ class Train:
     batch: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    balance: float = 0.5
     label_smoothing: float = 0.1
     mixup: float = 0.3
     average: float = 0.99
@@ -130,6 +133,7 @@ class Distill:
         soft: Weight of the softened answers.
         embedding: Weight of the cosine distance of the embeddings.
         hard: Weight of the labels.
+        balance: As in Train, for the labels.
         mixup: As in Train.
         average: As in Train.
         mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
@@ -146,6 +150,7 @@ class Distill:
     soft: float = 1.0
     embedding: float = 1.0
     hard: float = 0.5
+    balance: float = 0.5
     mixup: float = 0.3
     average: float = 0.999
     mask_mels: int = 12
@@ -175,6 +180,8 @@ class Recipe:
     folds: Folds | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
+            raise RecipeError(f"name = {self.name!r}; allowed: letters, digits, '-' and '_'")
         if (self.train is None) == (self.distill is None):
             raise RecipeError("a recipe has either [train] or [distill], exactly one of them")
         family = "whisper" if self.train else "mel"

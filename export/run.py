@@ -28,7 +28,7 @@ from export.pack import describe, make_bundle
 from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
-from export.stage import fingerprint, run_stage
+from export.stage import discard, fingerprint, run_stage
 from export.train import make_head
 from export.views import Compute, make_views
 
@@ -61,8 +61,8 @@ class Run:
         weights: Folder of the pretrained checkpoints; None takes every source as a hub id.
         out: Where the results go.
         seed: Of all chance in training.
-        only: Make this stage again and stop after it.
-        start: Make this stage and all later ones again.
+        only: Stop after this stage; `forget` starts with it.
+        start: `forget` starts with this stage.
 
     Attributes:
         keys: The key of every stage that was made or found, by its name.
@@ -93,14 +93,20 @@ class Run:
         for name in (only, start):
             if name is not None and name not in names:
                 raise RecipeError(f"stage {name!r}: {path} has the stages {', '.join(names)}")
-        self._again = {only} | set(names[names.index(start) :] if start else ())
+
+    def forget(self) -> None:
+        """Remove the results of the stage that is to be made again, and of all later ones."""
+        stages = [*self.shared(), *self.seeded()]
+        names = [stage.name for stage in stages]
+        first = self._only or self._start
+        for stage in stages[names.index(first) :] if first else ():
+            discard(stage.folder)
 
     def make(self, stages: Sequence[Stage]) -> None:
         """Make every stage that is not there or whose inputs have changed."""
         for stage in stages:
             reads = {"after": self.keys.get(stage.after or ""), **stage.reads}
-            again = stage.name in self._again
-            self.keys[stage.name] = run_stage(stage.folder, reads, stage.make, again=again)
+            self.keys[stage.name] = run_stage(stage.folder, reads, stage.make)
             if stage.name == self._only:
                 return
 

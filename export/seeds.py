@@ -36,6 +36,8 @@ def run_seeds(
         EdgeSerError: The recipe cannot be run, or a seed missed the gate.
     """
     runs = [Run(recipe, corpora, weights, out, seed=s, only=only, start=start) for s in seeds]
+    for run in runs:
+        run.forget()
     shared = runs[0].shared()
     runs[0].make(shared)
     if only in [stage.name for stage in shared]:

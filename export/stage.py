@@ -12,9 +12,7 @@ from typing import Any
 KEY_FILE = "stage.json"
 
 
-def run_stage(
-    folder: Path, reads: dict[str, Any], make: Callable[[Path], None], *, again: bool = False
-) -> str:
+def run_stage(folder: Path, reads: dict[str, Any], make: Callable[[Path], None]) -> str:
     """Make a folder, unless it was made from the same inputs before.
 
     The work is done in ``<folder>.partial``, which keeps its contents when the process is killed:
@@ -26,7 +24,6 @@ def run_stage(
         reads: Everything the results depend on: numbers, texts, dataclasses, keys of earlier
             stages.
         make: Fills the folder that it is given.
-        again: Make it even if nothing has changed.
 
     Returns:
         The key of the stage, for the ``reads`` of the next.
@@ -34,10 +31,10 @@ def run_stage(
     document = json.loads(json.dumps(reads, default=_plain, sort_keys=True))
     key = hashlib.sha256(json.dumps(document).encode()).hexdigest()
     done = {"key": key, "reads": document}
-    if not again and _read(folder / KEY_FILE) == done:
+    if _read(folder / KEY_FILE) == done:
         print(f"{folder}: nothing changed", file=sys.stderr)
         return key
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     if _read(partial / KEY_FILE) == done:
         print(f"{folder}: going on where it was", file=sys.stderr)
     else:
@@ -49,6 +46,17 @@ def run_stage(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return key
+
+
+def discard(folder: Path) -> None:
+    """Remove a stage's results, finished or not, so that it is made from nothing."""
+    for stale in (folder, partial_of(folder)):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def partial_of(folder: Path) -> Path:
+    """Return where a stage works until it is finished."""
+    return folder.with_name(folder.name + ".partial")
 
 
 def fingerprint(files: Iterable[Path]) -> str:

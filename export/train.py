@@ -26,17 +26,39 @@ SHORTEST = 10  # frames of 40 ms: the runtime refuses less than 0.4 s
 
 @dataclass(frozen=True)
 class Targets:
-    """What the clips are, as tensors: label ``(N,)`` int64, allowed labels ``(N, C)`` bool."""
+    """What the clips are, as tensors.
+
+    Attributes:
+        label: int64 ``(N,)``.
+        mask: The labels that the clip's corpus has, bool ``(N, C)``.
+        group: Number of the clip's corpus and label, int64 ``(N,)``.
+    """
 
     label: Tensor
     mask: Tensor
+    group: Tensor
 
     @classmethod
     def of(cls, speech: Speech) -> "Targets":
         """Read them off all clips of a recipe."""
         masks = np.stack([speech.masks[clip.corpus] for clip in speech.clips])
         labels = [speech.labels.index(clip.emotion) for clip in speech.clips]
-        return cls(torch.tensor(labels), torch.from_numpy(masks))
+        pairs = [(clip.corpus, clip.emotion) for clip in speech.clips]
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        groups = torch.tensor([numbers[pair] for pair in pairs])
+        return cls(torch.tensor(labels), torch.from_numpy(masks), groups)
+
+    def weights(self, chosen: Sequence[int], balance: float) -> Tensor:
+        """Return the weight of every clip in the loss, ``(N,)``.
+
+        Args:
+            chosen: The clips to train on; their weights have mean 1.
+            balance: 0 weighs clips alike, 1 weighs every label of every corpus alike; between, the
+                weight is the number of such clips to the power of ``-balance``.
+        """
+        counts = torch.bincount(self.group[list(chosen)], minlength=int(self.group.max()) + 1)
+        weights = counts.clamp(min=1)[self.group].double() ** -balance
+        return (weights / weights[list(chosen)].mean()).float()
 
 
 def one_cycle(progress: float, rise: float = 0.05) -> float:
@@ -119,6 +141,7 @@ def train_head(
         (augmented if view.number else clean).setdefault(view.clip, []).append(view)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=settings.weight_decay)
     average = WeightAverage(head, settings.average)
+    weights = targets.weights(chosen, settings.balance)
     first = 0
     checkpoint = folder / CHECKPOINT if folder else None
     if checkpoint and checkpoint.exists():
@@ -141,7 +164,7 @@ def train_head(
             states, real = pad([picked[i] for i in batch])
             clips = [chosen[i] for i in batch]
             label, mask = targets.label[clips], targets.mask[clips]
-            target = smoothed(label, mask, settings.label_smoothing)
+            target = smoothed(label, mask, settings.label_smoothing) * weights[clips, None]
             if settings.mixup:
                 share = float(rng.beta(settings.mixup, settings.mixup))
                 other = torch.from_numpy(rng.permutation(len(batch)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.stage import KEY_FILE, fingerprint, run_stage
+from export.stage import KEY_FILE, discard, fingerprint, run_stage
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Work:
                 self.made.append(step)
 
 
-def stop_after(steps, folder, reads, **options):
+def stop_after(steps, folder, reads):
     with pytest.raises(KeyboardInterrupt):
-        run_stage(folder, reads, Work(stop=steps), **options)
+        run_stage(folder, reads, Work(stop=steps))
 
 
 def contents(folder):
@@ -126,21 +126,14 @@ def test_a_finished_folder_stays_until_its_successor_is_finished(tmp_path):
     assert again.made == []
 
 
-def test_again_makes_it_although_nothing_changed(tmp_path):
+def test_a_discarded_stage_is_made_from_nothing(tmp_path):
     folder, again = tmp_path / "one", Work()
     key = run_stage(folder, READS, Work())
-    (folder / "left over").touch()
-    assert run_stage(folder, READS, again, again=True) == key
+    stop_after(1, folder, READS | {"text": "other"})
+    discard(folder)
+    assert contents(tmp_path) == []
+    assert run_stage(folder, READS, again) == key
     assert again.made == [0, 1, 2]
-    assert contents(folder) == ["0", "1", "2", KEY_FILE]
-
-
-def test_again_goes_on_too_when_it_was_stopped(tmp_path):
-    folder, rest = tmp_path / "one", Work()
-    run_stage(folder, READS, Work())
-    stop_after(2, folder, READS, again=True)
-    run_stage(folder, READS, rest, again=True)
-    assert rest.made == [2]
 
 
 def test_a_stage_reads_the_key_of_the_one_before(tmp_path):

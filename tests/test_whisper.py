@@ -56,16 +56,17 @@ def states_of_transformers(model, samples, bins=80):
     return (stacked[:, 0::2] + stacked[:, 1::2]) / 2
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_hidden_states_are_those_of_transformers(tmp_path, layers):
+@pytest.mark.parametrize(("layers", "states"), [(1, 2), (2, 3), (3, 4), (3, 1), (3, 2)])
+def test_hidden_states_are_those_of_transformers(tmp_path, layers, states):
     model = make_whisper(tmp_path, seconds=2, encoder_layers=3)
     samples = speech(2)
     with torch.no_grad():
-        found = load_whisper(str(tmp_path), layers, 2.0)(torch.from_numpy(samples)[None])[0]
+        found = load_whisper(str(tmp_path), layers, 2.0, states)(torch.from_numpy(samples)[None])[0]
     expected = states_of_transformers(model, samples)
-    assert found.shape == (layers + 1, 50, 32)
+    assert found.shape == (states, 50, 32)
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected[: layers + 1], atol=1e-4, rtol=0)
+    kept = expected[layers + 1 - states : layers + 1]
+    torch.testing.assert_close(found, kept, atol=1e-4, rtol=0)
 
 
 @pytest.mark.corpora
@@ -75,17 +76,20 @@ def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
     model = WhisperModel.from_pretrained(folder).eval()
     model.config.max_source_positions = 3 * 50
     model.encoder.max_source_positions = 3 * 50
-    model.encoder.embed_positions.weight.data = model.encoder.embed_positions.weight[: 3 * 50]
+    positions = model.encoder.embed_positions.weight[: 3 * 50]
+    model.encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions)
     samples = speech(3)
     with torch.no_grad():
-        found = load_whisper(str(folder), layers, 4.0)(torch.from_numpy(samples)[None])[0]
+        found = load_whisper(str(folder), layers, 4.0, layers + 1)(torch.from_numpy(samples)[None])[
+            0
+        ]
     expected = states_of_transformers(model, samples)[: layers + 1]
     # The states grow to about 100 from layer to layer.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_said_of_the_encoder_is_true(checkpoint):
-    encoder = load_whisper(str(checkpoint), 2, 1.0)
+    encoder = load_whisper(str(checkpoint), 2, 1.0, 3)
     assert (encoder.states, encoder.dim, encoder.frame_rate_hz) == (3, 32, 25.0)
     assert not encoder.training
     assert encoder(torch.zeros(2, RATE_HZ)).shape == (2, 3, 25, 32)
@@ -95,13 +99,13 @@ def test_what_is_said_of_the_encoder_is_true(checkpoint):
     ("samples", "frames"), [(6400, 10), (6719, 10), (6879, 10), (6880, 11), (16000, 25)]
 )
 def test_a_window_is_as_long_as_it_is(checkpoint, samples, frames):
-    encoder = load_whisper(str(checkpoint), 1, 1.0)
+    encoder = load_whisper(str(checkpoint), 1, 1.0, 2)
     with torch.no_grad():
         assert encoder(torch.zeros(1, samples)).shape == (1, 2, frames, 32)
 
 
 def test_nothing_is_shared_between_the_windows_of_a_batch(checkpoint):
-    encoder = load_whisper(str(checkpoint), 2, 1.0)
+    encoder = load_whisper(str(checkpoint), 2, 1.0, 3)
     samples = torch.from_numpy(
         np.stack([speech(1, seed, level) for seed, level in ((1, 1e-4), (2, 1.0))])
     )
@@ -113,20 +117,20 @@ def test_nothing_is_shared_between_the_windows_of_a_batch(checkpoint):
 
 
 def test_a_choice_is_found_below_the_weights(checkpoint):
-    choice = EncoderChoice("whisper", 2, source=checkpoint.name)
+    choice = EncoderChoice("whisper", 2, checkpoint.name, states=3)
     encoder = load_encoder(choice, checkpoint.parent, 1.0)
-    expected = load_whisper(str(checkpoint), 2, 1.0)
+    expected = load_whisper(str(checkpoint), 2, 1.0, 3)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], tensor), name
 
 
 def test_states_are_cached_in_half_precision(checkpoint):
-    choice = EncoderChoice("whisper", 2, source=checkpoint.name)
+    choice = EncoderChoice("whisper", 2, checkpoint.name, states=3)
     samples = speech(0.8)
     states = encode_states(choice, checkpoint.parent, 1.0)(samples)["states"]
     assert states.dtype == np.float16
     with torch.no_grad():
-        expected = load_whisper(str(checkpoint), 2, 1.0)(torch.from_numpy(samples)[None])[0]
+        expected = load_whisper(str(checkpoint), 2, 1.0, 3)(torch.from_numpy(samples)[None])[0]
     np.testing.assert_array_equal(states, expected.numpy().astype(np.float16))
 
 
@@ -146,7 +150,7 @@ def refused(*args):
 
 def test_a_missing_tensor_is_named(checkpoint, tmp_path):
     source = changed(checkpoint, tmp_path, lambda t: t.pop("model.encoder.layers.0.fc1.bias"))
-    assert refused(source, 2, 1.0) == (
+    assert refused(source, 2, 1.0, 3) == (
         f"{source}: missing tensors ['layers.0.fc1.bias'], unexpected []; "
         "a Whisper checkpoint with these layers is needed"
     )
@@ -155,7 +159,7 @@ def test_a_missing_tensor_is_named(checkpoint, tmp_path):
 def test_an_unexpected_tensor_is_named(checkpoint, tmp_path):
     more = {"model.encoder.layers.1.gate": torch.zeros(1)}
     source = changed(checkpoint, tmp_path, lambda t: t.update(more))
-    assert refused(source, 2, 1.0) == (
+    assert refused(source, 2, 1.0, 3) == (
         f"{source}: missing tensors [], unexpected ['layers.1.gate']; "
         "a Whisper checkpoint with these layers is needed"
     )
@@ -163,34 +167,50 @@ def test_an_unexpected_tensor_is_named(checkpoint, tmp_path):
 
 def test_what_belongs_to_layers_that_are_not_kept_may_be_missing(checkpoint, tmp_path):
     source = changed(checkpoint, tmp_path, lambda t: t.pop("model.encoder.layers.1.fc1.bias"))
-    assert load_whisper(source, 1, 1.0).states == 2
+    assert load_whisper(source, 1, 1.0, 2).states == 2
 
 
 def test_half_precision_checkpoints_are_read(checkpoint, tmp_path):
     def halve(tensors):
         tensors |= {name: tensor.half() for name, tensor in tensors.items()}
 
-    weight = load_whisper(changed(checkpoint, tmp_path, halve), 1, 1.0).conv1.weight
+    weight = load_whisper(changed(checkpoint, tmp_path, halve), 1, 1.0, 2).conv1.weight
     assert weight.dtype == torch.float32
-    assert torch.equal(weight, load_whisper(str(checkpoint), 1, 1.0).conv1.weight.half().float())
+    assert torch.equal(weight, load_whisper(str(checkpoint), 1, 1.0, 2).conv1.weight.half().float())
 
 
 @pytest.mark.parametrize("layers", [0, 3])
 def test_layers_that_the_encoder_does_not_have_are_refused(checkpoint, layers):
-    line = refused(str(checkpoint), layers, 1.0)
+    line = refused(str(checkpoint), layers, 1.0, 1)
     assert line == f"layers = {layers}: this encoder has 1 to 2 layers"
 
 
+@pytest.mark.parametrize("states", [0, 4])
+def test_states_that_the_layers_do_not_have_are_refused(checkpoint, states):
+    line = refused(str(checkpoint), 2, 1.0, states)
+    assert line == f"states = {states}: 2 layers have 1 to 3 states"
+
+
+@pytest.mark.parametrize("window_s", [0.61, 1.01, 1.05, 1.1, 1.13])
+def test_a_window_of_any_length_has_positions(checkpoint, window_s):
+    encoder = load_whisper(str(checkpoint), 1, window_s, 2)
+    samples = round(window_s * RATE_HZ)
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, samples)).shape[2] == (samples // 160 + 1) // 4
+
+
 def test_more_than_30_s_are_refused(checkpoint):
-    assert load_whisper(str(checkpoint), 1, 30.0).embed_positions.weight.shape == (1500, 32)
-    line = refused(str(checkpoint), 1, 30.5)
+    assert load_whisper(str(checkpoint), 1, 30.0, 2).embed_positions.weight.shape == (1500, 32)
+    line = refused(str(checkpoint), 1, 30.5, 2)
     assert line == "window_s = 30.5: Whisper hears at most 30 s; shorten it"
 
 
 def load_offline(home, source):
     """Load by hub id in a process of its own: the hub's settings are read at import."""
     script = "import sys; from export.encoders.whisper import load_whisper\n"
-    script += "print(float(load_whisper(sys.argv[1], 2, 1.0).conv1.weight.detach().double().sum()))"
+    script += (
+        "print(float(load_whisper(sys.argv[1], 2, 1.0, 3).conv1.weight.detach().double().sum()))"
+    )
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
     return subprocess.run(
@@ -214,7 +234,7 @@ def test_a_hub_id_is_found_in_the_cache_of_the_hub(checkpoint, tmp_path):
         (snapshot / name).symlink_to(Path("..", "..", "blobs", name[:5]))
     done = load_offline(tmp_path, "someone/small")
     assert done.returncode == 0, done.stderr
-    expected = load_whisper(str(checkpoint), 2, 1.0).conv1.weight.double().sum()
+    expected = load_whisper(str(checkpoint), 2, 1.0, 3).conv1.weight.double().sum()
     assert float(done.stdout) == float(expected)
 
 

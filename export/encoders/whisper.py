@@ -79,7 +79,8 @@ class WhisperEncoder(nn.Module):
         super().__init__()
         self.dim: int = config["d_model"]
         self.states = states
-        positions = round(window_s * 50)
+        # The strided convolution rounds up: 101 frames at 100 Hz are 51 at 50 Hz.
+        positions = (round(window_s * 16000) // 160 + 1) // 2
         if not 1 <= layers <= config["encoder_layers"]:
             raise RecipeError(
                 f"layers = {layers}: this encoder has 1 to {config['encoder_layers']} layers"
@@ -107,7 +108,9 @@ class WhisperEncoder(nn.Module):
         for layer in self.layers:
             states.append(layer(states[-1]))
         frames = hidden.shape[1] // 2 * 2
-        pairs = [state[:, :frames].unflatten(1, (-1, 2)).mean(dim=2) for state in states[-self.states :]]
+        pairs = [
+            state[:, :frames].unflatten(1, (-1, 2)).mean(dim=2) for state in states[-self.states :]
+        ]
         return torch.stack(pairs, dim=1)  # (N, S, F, D)
 
 
@@ -129,7 +132,13 @@ def load_whisper(source: str, layers: int, window_s: float, states: int) -> Whis
     folder = Path(source)
     if not folder.is_dir():
         files = ["config.json", "model.safetensors"]
-        folder = Path(snapshot_download(source, allow_patterns=files))
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=files))
+        except (OSError, ValueError) as exc:  # the bases of all that the hub raises
+            line = str(exc).partition("\n")[0]
+            raise RecipeError(
+                f"no checkpoint {source!r}: neither a folder under --weights nor a hub id ({line})"
+            ) from exc
     config = json.loads((folder / "config.json").read_text())
     encoder = WhisperEncoder(config, layers, window_s, states)
     prefix = "model.encoder."
