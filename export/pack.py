@@ -27,17 +27,19 @@ def tool_versions() -> dict[str, str]:
     return {name: packages.version(name) for name in TOOLS}
 
 
-def write_selftest(graphs: Path, sample: Path, rate_hz: int, file: Path) -> None:
+def write_selftest(graphs: Path, sample: Path, rate_hz: int, window_s: float, file: Path) -> None:
     """Record the logits of every graph on parts of a clip that may be shipped.
 
     Args:
         graphs: Folder of ONNX files.
         sample: A synthesised clip.
         rate_hz: Of the graphs.
+        window_s: The longest window that the graphs take, in seconds.
         file: The ``.npz`` to write: ``samples_<i>`` (T,), ``<graph>_<i>`` (C,), float32.
     """
     samples = audio.read(sample, rate_hz=rate_hz)
-    parts = [samples[: round(seconds * rate_hz)] for seconds in SELFTEST_S]
+    lengths_s = sorted({min(seconds, window_s) for seconds in SELFTEST_S})
+    parts = [samples[: round(seconds * rate_hz)] for seconds in lengths_s]
     arrays = {f"samples_{i}": part for i, part in enumerate(parts)}
     for graph in sorted(graphs.glob("model*.onnx")):
         engine = OnnxEngine(graph, threads=1)
@@ -60,7 +62,8 @@ def make_bundle(metadata: Metadata, graphs: Path, certificate: Path, folder: Pat
     for file in (*graphs.glob("model*"), *certificate.glob("certificate.*")):
         shutil.copyfile(file, folder / file.name)
     sample = sample_paths()[0]
-    write_selftest(graphs, sample, metadata.sample_rate_hz, folder / "selftest.npz")
+    rate_hz, window_s = metadata.sample_rate_hz, metadata.window_s
+    write_selftest(graphs, sample, rate_hz, window_s, folder / "selftest.npz")
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
     names = ("README.md", "certificate.json", "certificate.png", "selftest.npz")

@@ -47,8 +47,8 @@ def float_nodes(graph: onnx.GraphProto) -> list[str]:
     """Return the Conv, Gemm and MatMul nodes that stay float.
 
     The log-mel front end spans more decades than 8 bits hold. Products of two activations are the
-    attention, whose probabilities shrink with the length of the window. The last layer gives the
-    logits, which cost nothing.
+    attention, whose probabilities shrink with the length of the window. The last layers give
+    the logits, and cost nothing.
     """
     constants = {tensor.name for tensor in graph.initializer}
     front_end = {name for name in constants if name.startswith("encoder.mel.")}
@@ -59,7 +59,17 @@ def float_nodes(graph: onnx.GraphProto) -> list[str]:
         if node.op_type in QUANTIZED
         and (front_end & set(node.input) or node.input[1] not in constants)
     ]
-    return [*kept, producers["logits"].name]
+    return [*kept, *(node.name for node in _last_layers(producers, "logits"))]
+
+
+def _last_layers(producers: Mapping[str, onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
+    """Return the layers whose sum is an output."""
+    node = producers[output]
+    if node.op_type in QUANTIZED:
+        return [node]
+    return [
+        layer for name in node.input if name in producers for layer in _last_layers(producers, name)
+    ]
 
 
 def quantize(fp32: Path, windows: Sequence[Samples], folder: Path) -> list[str]:

@@ -1,0 +1,204 @@
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+from scipy.stats import entropy
+
+from export.distill import distill, frames_of, hide, load_teacher, pad_samples, soft_loss
+from export.encoders.mel import MelEncoder
+from export.heads import CnnHead
+from export.model import Classifier, load_classifier
+from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
+from export.train import CHECKPOINT, Targets
+from export.views import View
+from tests.speech_corpus import LABELS, RESONANCES_HZ, make_whisper, voice
+
+
+def log_probs(logits, temperature):
+    return torch.from_numpy(log_softmax(logits / temperature, axis=1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_the_soft_loss_is_the_divergence_times_t_squared(temperature):
+    student, teacher = np.random.default_rng(0).standard_normal((2, 6, 4)) * 3
+    softened = softmax(teacher / temperature, axis=1), softmax(student / temperature, axis=1)
+    expected = temperature**2 * entropy(*softened, axis=1).mean()
+    found = soft_loss(torch.from_numpy(student), log_probs(teacher, temperature), temperature)
+    assert found.item() == pytest.approx(expected)
+
+
+def test_the_soft_loss_of_equal_answers_is_zero():
+    logits = np.random.default_rng(0).standard_normal((6, 4))
+    shifted = torch.from_numpy(logits + 5)  # logits are equal up to a constant
+    assert soft_loss(shifted, log_probs(logits, 2.0), 2.0).item() == pytest.approx(0, abs=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    mels=st.integers(4, 20),
+    frames=st.integers(1, 30),
+    band=st.integers(0, 4),
+    stretch=st.integers(0, 40),
+    seed=st.integers(0, 99),
+)
+def test_one_band_and_one_stretch_are_hidden_behind_the_mean(mels, frames, band, stretch, seed):
+    rng = np.random.default_rng(seed)
+    before = torch.from_numpy(rng.standard_normal((3, mels, frames)).astype(np.float32))
+    after = hide(before.clone(), rng, band, stretch)
+    for old, new in zip(before, after, strict=True):
+        changed = old != new
+        rows, columns = changed.all(dim=1), changed.all(dim=0)
+        assert torch.equal(changed, rows[:, None] | columns)
+        assert (new[changed] == old.mean()).all()
+        if not rows.all() and not columns.all():
+            assert_together(rows, band)
+            assert_together(columns, min(stretch, frames))
+
+
+def assert_together(hidden, most):
+    where = hidden.nonzero().flatten().tolist()
+    assert len(where) <= most
+    assert where == list(range(where[0], where[0] + len(where))) if where else True
+
+
+def test_every_width_up_to_the_widest_is_hidden():
+    rng = np.random.default_rng(0)
+    features = torch.arange(400 * 6 * 9, dtype=torch.float32).reshape(400, 6, 9)
+    changed = hide(features.clone(), rng, 2, 3) != features
+    assert set(changed.all(dim=2).sum(dim=1).tolist()) == {0, 1, 2}
+    assert set(changed.all(dim=1).sum(dim=1).tolist()) == {0, 1, 2, 3}
+    assert changed.all(dim=2).any(dim=0).all()
+    assert changed.all(dim=1).any(dim=0).all()
+
+
+def test_samples_are_padded_with_silence_and_the_mask_says_where():
+    samples = [np.full(length, 0.5, np.float16) for length in (16000, 6400, 8001)]
+    stacked, real = pad_samples(samples)
+    assert stacked.dtype == torch.float32
+    assert (stacked != 0).sum(dim=1).tolist() == [16000, 6400, 8001]
+    assert (stacked[1, :6400] == 0.5).all()
+    assert real.shape == (3, 1, frames_of(16000))
+    for row, mask in zip(samples, real[:, 0], strict=True):
+        frames = frames_of(len(row))
+        assert mask[:frames].all()
+        assert not mask[frames:].any()
+
+
+def recipe(**parts):
+    data = Data(("mine",), LABELS)
+    return Recipe("r", data, Windows(1.0, 0.5), head=HeadChoice(width=8), **parts)
+
+
+def test_a_teacher_answers_as_its_network_does(tmp_path):
+    from safetensors.torch import save_file
+
+    make_whisper(tmp_path / "small")
+    teacher = recipe(encoder=EncoderChoice("whisper", 2, "small"), train=Train(1))
+    torch.manual_seed(0)
+    save_file(CnnHead(3, 32, 3, width=8).state_dict(), tmp_path / "model.safetensors")
+    samples = voice(1000.0, 120.0, 0.8, 0) * 9  # beyond 1.0, as a gain can make it
+    found = load_teacher(teacher, tmp_path, tmp_path / "model.safetensors")(samples)
+    network = load_classifier(teacher, tmp_path, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        logits, embedding = network(torch.from_numpy(samples)[None])
+    np.testing.assert_array_equal(found["logits"], logits[0])
+    np.testing.assert_array_equal(found["embedding"], embedding[0])
+    assert found["samples"].dtype == np.float16
+    np.testing.assert_allclose(found["samples"], samples, rtol=1e-3, atol=1e-6)
+
+
+def toy(clips=36):
+    """Return voices, what a sure teacher says of them, and their labels."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((3, 8)).astype(np.float32)
+    views = []
+    for clip in range(clips):
+        label = clip % 3
+        samples = voice(RESONANCES_HZ[LABELS[label]], rng.uniform(90, 220), 0.5, clip)
+        arrays = {
+            "samples": samples.astype(np.float16),
+            "logits": 6 * np.eye(3, dtype=np.float32)[label],
+            "embedding": embeddings[label],
+        }
+        views.append(View(clip, 0, arrays))
+    label = torch.arange(clips) % 3
+    return views, Targets(label, torch.ones(clips, 3, dtype=torch.bool), group=label)
+
+
+def new_student():
+    torch.manual_seed(0)
+    return Classifier(MelEncoder(16, 16, 1), CnnHead(1, 16, 3, width=8))
+
+
+SETTINGS = Distill("t.toml", 3 / 60, batch=8, learning_rate=5e-3, average=0.9, mask_mels=2)
+
+
+def right(student, clips):
+    views, targets = toy()
+    with torch.no_grad():
+        answers = [
+            student(torch.from_numpy(views[c].arrays["samples"]).float()[None])[0].argmax().item()
+            for c in clips
+        ]
+    return np.mean([answer == targets.label[c] for answer, c in zip(answers, clips, strict=True)])
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.5])
+def test_a_student_learns_what_its_teacher_says(tmp_path, hard):
+    student = new_student()
+    views, targets = toy()
+    if not hard:  # then the labels, here wrong ones, are not read
+        targets = replace(targets, label=targets.label.roll(1))
+    chosen = list(range(24))
+    distill(student, views, targets, chosen, replace(SETTINGS, hard=hard), seed=0, folder=tmp_path)
+    assert not student.training
+    assert right(student, range(24, 36)) == 1.0
+
+
+def test_labels_alone_are_learned_as_well(tmp_path):
+    student = new_student()
+    views, targets = toy()
+    alone = replace(SETTINGS, soft=0.0, embedding=0.0, hard=1.0)
+    distill(student, views, targets, list(range(24)), alone, seed=0, folder=tmp_path)
+    assert right(student, range(24, 36)) == 1.0
+
+
+def test_a_stopped_training_keeps_the_time_it_has_spent(tmp_path):
+    student = new_student()
+    views, targets = toy()
+    left = iter(range(12))
+
+    def stop(*_):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    student.head.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, views, targets, list(range(24)), SETTINGS, seed=0, folder=tmp_path)
+    before = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert before["epoch"] == 4  # of three batches
+    assert before["steps"] == 12
+    assert 0 < before["spent_s"] < 3
+    # Two tenths of a second are left; a training that began anew would use three seconds.
+    torch.save({**before, "spent_s": 2.8}, tmp_path / CHECKPOINT)
+    started = time.process_time()
+    distill(new_student(), views, targets, list(range(24)), SETTINGS, seed=0, folder=tmp_path)
+    assert time.process_time() - started < 2
+    after = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert after["epoch"] > 4
+    assert 3 <= after["spent_s"] < 4
+
+
+def test_no_time_is_left_after_the_last_epoch(tmp_path):
+    views, targets = toy()
+    first, second = new_student(), new_student()
+    short = replace(SETTINGS, cpu_minutes=0.5 / 60)
+    for student in (first, second):
+        distill(student, views, targets, list(range(24)), short, seed=0, folder=tmp_path)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name

@@ -1,0 +1,253 @@
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from export.encoders.mel import MelEncoder
+from export.encoders.whisper import load_whisper
+from export.graph import export_graph
+from export.heads import CnnHead
+from export.model import Classifier
+from export.quantize import (
+    QUANTIZED,
+    WEIGHTS,
+    float_nodes,
+    layer_errors,
+    quantize,
+    save_with_shared_weights,
+)
+from tests.speech_corpus import make_whisper, voice
+
+PROPERTIES = {"labels": ["a", "b", "c"], "sample_rate_hz": 16000, "schema_version": 1}
+SIGNED, UNSIGNED = "model_int8.onnx", "model_int8_x86.onnx"
+
+
+def windows():
+    return [voice(500.0 * (n + 1), 100.0 + 10 * n, 0.5 + 0.07 * n, n) for n in range(6)]
+
+
+def whisper(folder):
+    make_whisper(folder)
+    return load_whisper(str(folder), 2, 1.0, 3)
+
+
+def mel(_):
+    return MelEncoder(16, 16, 2)
+
+
+@pytest.fixture(scope="module", params=[whisper, mel], ids=["whisper", "mel"])
+def folder(request, tmp_path_factory):
+    """Return a folder with the full-precision graph and what `quantize` makes of it."""
+    made = tmp_path_factory.mktemp("int8")
+    torch.manual_seed(0)
+    encoder = request.param(made)
+    model = Classifier(encoder, CnnHead(encoder.states, encoder.dim, 3, width=8)).eval()
+    export_graph(model, PROPERTIES, 16000, made / "model.onnx")
+    kept = quantize(made / "model.onnx", windows(), made)
+    assert kept == float_nodes(onnx.load(made / "model.onnx").graph)
+    return made
+
+
+def constants(graph):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def load(folder, name):
+    return onnx.load(folder / name).graph
+
+
+def layers(graph):
+    """Return Conv, Gemm and MatMul: by name, the nodes before their first and second input."""
+    producers = {output: node for node in graph.node for output in node.output}
+    return {
+        node.name: [producers.get(name) for name in node.input[:2]]
+        for node in graph.node
+        if node.op_type in QUANTIZED
+    }
+
+
+def is_dequantized(node):
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+@pytest.mark.parametrize(
+    ("name", "zero_point", "dtype"), [(SIGNED, 0, np.int8), (UNSIGNED, 128, np.uint8)]
+)
+def test_activations_are_quantized_symmetrically(folder, name, zero_point, dtype):
+    graph = load(folder, name)
+    values = constants(graph)
+    found = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert found
+    for node in found:
+        scale, zero = (values[part] for part in node.input[1:3])
+        assert scale.shape == zero.shape == ()
+        assert scale > 0
+        assert (zero, zero.dtype) == (zero_point, dtype)
+
+
+@pytest.mark.parametrize("name", [SIGNED, UNSIGNED])
+def test_what_is_quantized_is_dequantized_alike(folder, name):
+    graph = load(folder, name)
+    quantizers = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    readers = [n for n in graph.node if is_dequantized(n) and n.input[0] in quantizers]
+    assert len(readers) >= len(quantizers)
+    for node in readers:
+        assert list(node.input[1:]) == list(quantizers[node.input[0]].input[1:])
+
+
+@pytest.mark.parametrize("name", [SIGNED, UNSIGNED])
+def test_weights_are_int8_per_channel_with_zero_points_0(folder, name):
+    graph = load(folder, name)
+    values = constants(graph)
+    found = 0
+    for _, weight in layers(graph).values():
+        if not is_dequantized(weight) or weight.input[0] not in values:
+            continue
+        found += 1
+        integers, scales, zeros = (values[part] for part in weight.input)
+        axis = next(a.i for a in weight.attribute if a.name == "axis")
+        assert integers.dtype == zeros.dtype == np.int8
+        assert not zeros.any()
+        assert scales.shape == zeros.shape == (integers.shape[axis],)
+        others = tuple(i for i in range(integers.ndim) if i != axis)
+        assert (np.abs(integers.astype(int)).max(axis=others) == 127).all()
+    assert found >= 8
+
+
+@pytest.mark.parametrize("name", [SIGNED, UNSIGNED])
+def test_biases_stay_float(folder, name):
+    graph = load(folder, name)
+    values = constants(graph)
+    biases = [n.input[2] for n in graph.node if n.op_type in ("Conv", "Gemm") and len(n.input) > 2]
+    assert biases
+    assert {values[bias].dtype for bias in biases} == {np.dtype(np.float32)}
+    assert not any(tensor.data_type == TensorProto.INT32 for tensor in graph.initializer)
+
+
+def test_front_end_attention_and_last_layer_stay_float(folder):
+    fp32, int8 = load(folder, "model.onnx"), load(folder, SIGNED)
+    values = constants(fp32)
+    producers = {output: node for node in fp32.node for output in node.output}
+    expected = {producers["logits"].name}
+    for node in fp32.node:
+        if node.op_type == "MatMul" and node.input[1] not in values:
+            expected.add(node.name)
+        if any(name.startswith("encoder.mel.") for name in node.input):
+            expected |= {node.name} if node.op_type in QUANTIZED else set()
+    whisper = (folder / "config.json").exists()
+    assert len(expected) == 1 + 2 + (2 * 2 if whisper else 0)
+    inputs = layers(int8)
+    assert set(float_nodes(fp32)) == expected
+    assert {name for name, (_, weight) in inputs.items() if not is_dequantized(weight)} == expected
+    for name, (activation, weight) in inputs.items():
+        assert is_dequantized(activation) == is_dequantized(weight) == (name not in expected)
+
+
+def plain_session(file):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def test_both_graphs_are_the_same_function_bit_for_bit(folder):
+    signed, unsigned = (plain_session(folder / name) for name in (SIGNED, UNSIGNED))
+    for seconds in (0.4, 0.5001, 0.73, 1.0):
+        samples = np.stack([voice(900.0, 120.0, seconds, 1), voice(2000.0, 160.0, seconds, 2)])
+        for one, other in zip(
+            *(s.run(None, {"samples": samples}) for s in (signed, unsigned)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_int8_is_close_to_full_precision_and_not_equal(folder):
+    fp32, int8 = (plain_session(folder / name) for name in ("model.onnx", SIGNED))
+    for window in windows():
+        exact, rounded = (s.run(["embedding"], {"samples": window[None]})[0] for s in (fp32, int8))
+        apart = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+        assert 1e-6 < apart < 0.1
+
+
+def test_the_weights_of_both_lie_once_in_one_file(folder):
+    fp32 = (folder / "model.onnx").stat().st_size
+    places = {}
+    for name in (SIGNED, UNSIGNED):
+        graph = onnx.load(folder / name, load_external_data=False).graph
+        for tensor in graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                entry = {e.key: e.value for e in tensor.external_data}
+                assert entry["location"] == WEIGHTS
+                place = (int(entry["offset"]), int(entry["length"]))
+                assert places.setdefault(tensor.name, place) == place
+    spans = sorted(places.values())
+    ends = [0] + [offset + length for offset, length in spans]
+    assert [offset for offset, _ in spans] == ends[:-1]
+    assert ends[-1] == (folder / WEIGHTS).stat().st_size < fp32
+    assert not list(folder.glob("*.data"))
+
+
+def test_the_bytes_of_the_file_are_those_of_the_tensors(folder):
+    raw = (folder / WEIGHTS).read_bytes()
+    inside = {
+        t.name: t for t in onnx.load(folder / SIGNED, load_external_data=False).graph.initializer
+    }
+    for tensor in load(folder, SIGNED).initializer:
+        if inside[tensor.name].data_location != TensorProto.EXTERNAL:
+            continue
+        entry = {
+            e.key: int(e.value) for e in inside[tensor.name].external_data if e.key != "location"
+        }
+        part = raw[entry["offset"] : entry["offset"] + entry["length"]]
+        assert part == numpy_helper.to_array(tensor).tobytes()
+
+
+@pytest.mark.parametrize("name", [SIGNED, UNSIGNED])
+def test_properties_and_shapes_survive(folder, name):
+    before, after = onnx.load(folder / "model.onnx"), onnx.load(folder / name)
+    found = {entry.key: entry.value for entry in after.metadata_props}
+    assert {entry.key: found[entry.key] for entry in before.metadata_props} == {
+        key: json.dumps(value) for key, value in PROPERTIES.items()
+    }
+    assert list(after.graph.input) == list(before.graph.input)
+    assert list(after.graph.output) == list(before.graph.output)
+    kinds = [[n.op_type for n in g.graph.node].count("LayerNormalization") for g in (before, after)]
+    assert kinds[0] == kinds[1] > 0
+
+
+def test_every_quantized_layer_has_an_error_and_the_worst_is_first(folder):
+    errors = layer_errors(folder / "model.onnx", folder / UNSIGNED, windows()[:2])
+    inputs = layers(load(folder, UNSIGNED))
+    assert set(errors) == {name for name, (_, weight) in inputs.items() if is_dequantized(weight)}
+    assert list(errors.values()) == sorted(errors.values(), reverse=True)
+    assert 0 < min(errors.values()) <= max(errors.values()) < 0.5
+
+
+def test_a_layer_that_is_broken_comes_first(folder, tmp_path):
+    for name in (SIGNED, WEIGHTS):
+        shutil.copy(folder / name, tmp_path / name)
+    model = onnx.load(tmp_path / SIGNED)
+    healthy = layer_errors(folder / "model.onnx", folder / SIGNED, windows()[:2])
+    broken = list(healthy)[-1]
+    weight = layers(model.graph)[broken][1]
+    (scales,) = [t for t in model.graph.initializer if t.name == weight.input[1]]
+    scales.CopyFrom(numpy_helper.from_array(-3 * numpy_helper.to_array(scales), scales.name))
+    onnx.save(model, tmp_path / "broken.onnx")
+    errors = layer_errors(folder / "model.onnx", tmp_path / "broken.onnx", windows()[:2])
+    assert next(iter(errors)) == broken
+    assert errors[broken] > 1
+
+
+def test_tensors_of_one_name_must_be_equal(tmp_path):
+    models = {}
+    for file, value in (("a.onnx", 1.0), ("b.onnx", 2.0)):
+        tensor = numpy_helper.from_array(np.full(512, value, np.float32), "w")
+        models[tmp_path / file] = onnx.helper.make_model(
+            onnx.helper.make_graph([], "g", [], [], [tensor])
+        )
+    with pytest.raises(ValueError, match="two graphs hold different values of w"):
+        save_with_shared_weights(models)
