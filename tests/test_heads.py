@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.heads import AttentivePooling, CnnHead, DilatedBlock
+from export.heads import AttentivePooling, CnnHead, DilatedBlock, statistics
 
 LONGEST = 24
 
@@ -50,6 +50,29 @@ def test_equal_scores_pool_to_mean_and_standard_deviation(real):
     heard = frames.numpy()[:, :, :real]
     expected = np.concatenate([heard.mean(axis=2), np.sqrt(heard.var(axis=2) + 1e-5)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("real", [1, 4, 9])
+def test_statistics_are_mean_and_standard_deviation_of_the_real_frames(real):
+    frames = np.random.default_rng(real).standard_normal((2, 9, 6)).astype(np.float32)
+    mask = (torch.arange(9) < real).expand(2, 1, 9)
+    heard = frames[:, :real]
+    expected = np.concatenate([heard.mean(axis=1), np.sqrt(heard.var(axis=1) + 1e-5)], axis=1)
+    found = statistics(torch.from_numpy(frames), mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    whole = statistics(torch.from_numpy(heard.copy()))
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_logits_are_those_of_convolutions_and_probe_together():
+    network = head()
+    states = torch.randn(2, 3, 10, 16)
+    with torch.no_grad():
+        both, embedding = network(states)
+        network.probe.weight.zero_()
+        network.probe.bias.zero_()
+        torch.testing.assert_close(network(states)[0], network.classify(embedding))
+        assert (both - network(states)[0]).abs().max() > 1e-3
 
 
 def test_scores_weigh_frames_by_their_softmax():
@@ -104,5 +127,7 @@ def test_the_default_head_has_about_half_a_million_parameters():
         "pool": 256 * 64 + 64 + 64 * 256 + 256,
         "norm": 2 * 512,
         "classify": 512 * 7 + 7,
+        "probe_norm": 2 * 2 * 512,
+        "probe": 2 * 512 * 7 + 7,
     }
-    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 563_788
+    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 573_011
