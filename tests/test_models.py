@@ -61,8 +61,8 @@ def test_silence_behind_a_clip_is_heard_only_in_the_windows_that_hold_it(name):
 
 def test_the_wheel_holds_the_runtime_only_and_predicts_outside_the_checkout(tmp_path):
     root = Path(__file__).parents[1]
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(root)]
-    subprocess.run(build, check=True)
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-q", "-w", tmp_path, root], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size <= 24e6
     site = tmp_path / "site"

@@ -54,8 +54,26 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(N, F, D)`` to ``(N, F, D)``."""
+        hidden, inner = self._inner(hidden)
+        return hidden + self.fc2(inner)
+
+    def halved(self, hidden: Tensor) -> Tensor:
+        """Return `halved` of the layer's output, for half the work of its last projection.
+
+        That projection is linear, so the mean of two frames may as well be taken before it.
+        """
+        hidden, inner = self._inner(hidden)
+        return halved(hidden) + self.fc2(halved(inner))
+
+    def _inner(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden))
-        return hidden + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(hidden))))
+        return hidden, functional.gelu(self.fc1(self.final_layer_norm(hidden)))
+
+
+def halved(frames: Tensor) -> Tensor:
+    """Return the means of two frames each, ``(N, F, D)`` to ``(N, F // 2, D)``."""
+    even = frames.shape[1] // 2 * 2
+    return frames[:, :even].unflatten(1, (-1, 2)).mean(dim=2)
 
 
 class WhisperEncoder(nn.Module):
@@ -105,13 +123,10 @@ class WhisperEncoder(nn.Module):
         hidden = functional.gelu(self.conv2(hidden)).transpose(1, 2)  # (N, F at 50 Hz, D)
         hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
         states = [hidden]
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             states.append(layer(states[-1]))
-        frames = hidden.shape[1] // 2 * 2
-        pairs = [
-            state[:, :frames].unflatten(1, (-1, 2)).mean(dim=2) for state in states[-self.states :]
-        ]
-        return torch.stack(pairs, dim=1)  # (N, S, F, D)
+        pairs = [*map(halved, states), self.layers[-1].halved(states[-1])]
+        return torch.stack(pairs[-self.states :], dim=1)  # (N, S, F, D)
 
 
 def load_whisper(source: str, layers: int, window_s: float, states: int) -> WhisperEncoder:
