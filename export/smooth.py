@@ -1,0 +1,91 @@
+"""SmoothQuant (arXiv 2211.10438) on a graph: loud channels are evened out before they are rounded.
+
+One scale serves a whole activation tensor, so a few loud channels leave the others with a few
+levels out of 256. Dividing each input channel of a layer by a factor, and multiplying the layer's
+weights for that channel by it, changes nothing in full precision. Where a LayerNormalization stands
+before the layer, the division goes into its constants and costs nothing; elsewhere it is a Mul.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+
+Floats = npt.NDArray[np.float32]
+
+STRENGTH = 0.6  # how much goes to the weights, 0 to 1: the paper's alpha
+
+
+def even_out(model: onnx.ModelProto, layers: Sequence[str], windows: Sequence[Floats]) -> None:
+    """Even out the channels that layers read, in place.
+
+    Args:
+        model: Its Conv, Gemm and MatMul weights are constants.
+        layers: Names of the nodes that will be quantized.
+        windows: Calibration speech, each of shape (T,).
+    """
+    nodes = [node for node in model.graph.node if node.name in set(layers)]
+    for tensor, loudest in channel_maxima(model, nodes, windows).items():
+        _even_tensor(model.graph, tensor, [n for n in nodes if n.input[0] == tensor], loudest)
+
+
+def channel_maxima(
+    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], windows: Sequence[Floats]
+) -> dict[str, Floats]:
+    """Return the largest magnitude of every channel of what the layers read, by tensor."""
+    axis_of = {node.input[0]: 1 if node.op_type == "Conv" else -1 for node in layers}
+    probed = onnx.ModelProto.FromString(model.SerializeToString())
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in axis_of)
+    session = onnxruntime.InferenceSession(
+        probed.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found: dict[str, Floats] = {}
+    for window in windows:
+        values = session.run(list(axis_of), {"samples": window[None]})
+        for (name, axis), value in zip(axis_of.items(), values, strict=True):
+            others = tuple(a for a in range(value.ndim) if a != axis % value.ndim)
+            found[name] = np.maximum(found.get(name, 0), np.abs(value).max(axis=others))
+    return found
+
+
+def _even_tensor(
+    graph: onnx.GraphProto, tensor: str, layers: Sequence[onnx.NodeProto], loudest: Floats
+) -> None:
+    constants = {constant.name: constant for constant in graph.initializer}
+    weights = [_input_first(node, constants[node.input[1]]) for node in layers]  # (in, ...)
+    heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
+    factor = np.maximum(loudest, 1e-5) ** STRENGTH / np.maximum(heaviest, 1e-5) ** (1 - STRENGTH)
+    factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    for node, weight in zip(layers, weights, strict=True):
+        scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+        array = np.ascontiguousarray(scaled.swapaxes(0, 1) if _is_output_first(node) else scaled)
+        constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
+    producer = next(node for node in graph.node if tensor in node.output)
+    readers = [node for node in graph.node if tensor in node.input]
+    if producer.op_type == "LayerNormalization" and len(readers) == len(layers):
+        for place in range(1, len(producer.input)):
+            array = numpy_helper.to_array(constants[producer.input[place]]) / factor
+            name = f"{tensor}_even_{place}"  # of its own: a constant may serve several nodes
+            graph.initializer.append(numpy_helper.from_array(array, name))
+            producer.input[place] = name
+        return
+    shape = (-1, 1) if layers[0].op_type == "Conv" else (-1,)
+    name, even = f"{tensor}_inverse", f"{tensor}_even"
+    graph.initializer.append(numpy_helper.from_array((1 / factor).reshape(shape), name))
+    divide = helper.make_node("Mul", [tensor, name], [even], even)
+    graph.node.insert(list(graph.node).index(producer) + 1, divide)
+    for node in layers:
+        node.input[0] = even
+
+
+def _input_first(node: onnx.NodeProto, weight: onnx.TensorProto) -> Floats:
+    """Return a layer's weights with the input channels on the first axis."""
+    array = numpy_helper.to_array(weight)
+    return array.swapaxes(0, 1) if _is_output_first(node) else array
+
+
+def _is_output_first(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)

@@ -1,0 +1,123 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.debias import correct_biases
+from export.smooth import STRENGTH, channel_maxima, even_out
+
+CHANNELS, OUT = 6, 4
+LOUD = np.array([1, 1, 50, 1, 1, 1], np.float32)
+
+
+def network(first, layer):
+    """samples (N, T) -> (N, T/6, 6) frames, loud in one channel -> `first` -> `layer` -> logits."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Reshape", ["samples", "shape"], ["frames"]),
+        helper.make_node("Mul", ["frames", "loud"], ["raw"]),
+        *first,
+        *layer,
+    ]
+    constants = {
+        "shape": np.array([0, -1, CHANNELS]),
+        "loud": LOUD,
+        "scale": LOUD,
+        "shift": np.linspace(-1, 1, CHANNELS).astype(np.float32),
+        "weight": rng.normal(size=(CHANNELS, OUT)).astype(np.float32),
+        "kernel": rng.normal(size=(OUT, CHANNELS, 3)).astype(np.float32),
+        "bias": np.arange(OUT, dtype=np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["N", "T"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "A", "B"])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+NORM = [helper.make_node("LayerNormalization", ["raw", "scale", "shift"], ["x"], "norm")]
+GELU = [helper.make_node("Gelu", ["raw"], ["x"], "gelu")]
+MATMUL = [
+    helper.make_node("MatMul", ["x", "weight"], ["y"], "layer"),
+    helper.make_node("Add", ["y", "bias"], ["logits"]),
+]
+CONV = [
+    helper.make_node("Transpose", ["x"], ["turned"], perm=[0, 2, 1]),
+    helper.make_node("Conv", ["turned", "kernel", "bias"], ["logits"], "layer", pads=[1, 1]),
+]
+CASES = [(NORM, MATMUL), (GELU, MATMUL), (NORM, CONV), (GELU, CONV)]
+WINDOWS = [np.random.default_rng(i).normal(size=CHANNELS * 20).astype(np.float32) for i in range(3)]
+
+
+def run(model):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return np.stack([session.run(["logits"], {"samples": w[None]})[0] for w in WINDOWS])
+
+
+def layer_of(model):
+    return next(node for node in model.graph.node if node.name == "layer")
+
+
+@pytest.mark.parametrize(("first", "layer"), CASES)
+def test_evening_out_changes_nothing_in_full_precision(first, layer):
+    model = network(first, layer)
+    expected = run(model)
+    even_out(model, ["layer"], WINDOWS)
+    onnx.checker.check_model(model)
+    np.testing.assert_allclose(run(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("first", "layer"), CASES)
+def test_the_spread_of_the_channels_shrinks_by_the_strength(first, layer):
+    model = network(first, layer)
+    node = layer_of(model)
+    (before,) = channel_maxima(model, [node], WINDOWS).values()
+    weight = next(t for t in model.graph.initializer if t.name == node.input[1])
+    array = numpy_helper.to_array(weight)
+    heaviest = np.abs(array).max(axis=(0, 2) if array.ndim == 3 else 1)
+    even_out(model, ["layer"], WINDOWS)
+    (after,) = channel_maxima(model, [layer_of(model)], WINDOWS).values()
+    expected = (before * heaviest) ** (1 - STRENGTH)  # up to one common factor
+    ratio = after / expected
+    np.testing.assert_allclose(ratio / ratio[0], 1, rtol=1e-3)
+    assert after.max() / after.min() < before.max() / before.min()
+
+
+def test_the_division_costs_a_node_only_where_no_layer_norm_takes_it():
+    for first, more in ((NORM, 0), (GELU, 1)):
+        model = network(first, MATMUL)
+        nodes = len(model.graph.node)
+        even_out(model, ["layer"], WINDOWS)
+        assert len(model.graph.node) == nodes + more
+
+
+def test_maxima_are_of_all_windows():
+    model = network(GELU, MATMUL)
+    (found,) = channel_maxima(model, [layer_of(model)], WINDOWS).values()
+    frames = np.concatenate([w.reshape(-1, CHANNELS) for w in WINDOWS]) * LOUD
+    gelu = np.maximum(frames.max(axis=0), 0.17)  # where positive values are, they are the largest
+    np.testing.assert_allclose(found, gelu, rtol=0.35)
+
+
+@pytest.mark.parametrize("layer", [MATMUL, CONV])
+def test_a_shifted_bias_is_put_right_exactly(layer):
+    fp32, off = network(GELU, layer), network(GELU, layer)
+    bias = next(t for t in off.graph.initializer if t.name == "bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(OUT, 7, np.float32), "bias"))
+    assert np.abs(run(off) - run(fp32)).max() > 1
+    correct_biases(fp32, off, WINDOWS, ["layer"])
+    np.testing.assert_allclose(run(off), run(fp32), atol=1e-4)
+
+
+def test_a_layer_without_a_bias_of_its_own_is_left_alone():
+    plain = [helper.make_node("MatMul", ["x", "weight"], ["logits"], "layer")]
+    fp32, int8 = network(GELU, plain), network(GELU, plain)
+    before = int8.SerializeToString()
+    correct_biases(fp32, int8, WINDOWS, ["layer"])
+    assert int8.SerializeToString() == before
