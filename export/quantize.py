@@ -33,7 +33,7 @@ QUANTIZED = ("Conv", "Gemm", "MatMul")
 WEIGHTS = "model_int8.bin"
 
 # The gate asks for 98 % of the test clips; the margin is for the test speakers being others.
-ENOUGH_EQUAL = 0.99
+ENOUGH_EQUAL = 0.985
 MOST_GIVEN_BACK = 4
 DEBIAS_WINDOWS = 24  # each layer's turn runs all of them
 
