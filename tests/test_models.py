@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_runtime_only_and_predicts_outside_the_checkout(tmp_
         archive.extractall(site)
     assert {top for top in tops if not top.endswith(".dist-info")} == {"edge_ser"}
     done = subprocess.run(
-        [sys.executable, "-m", "edge_ser", "predict", "--sample", "--json"],
+        [sys.executable, "-m", "edge_ser", "predict", "--sample", "--json", "--bundle", "tiny"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
