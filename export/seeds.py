@@ -1,18 +1,15 @@
 """One recipe with several seeds, and the table of what they scored."""
 
 import json
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from export.run import Run
 from export.scores import FOUR
+from export.workers import workers
 
 MEAN = "masked mean"
 
@@ -47,7 +44,7 @@ def run_seeds(
         return
     for run in runs[1:]:
         run.keys.update(runs[0].keys)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with workers() as pool:
         for result in [pool.submit(_run_seed, run) for run in runs]:
             result.result()
     if only is None:
@@ -59,7 +56,6 @@ def run_seeds(
 
 
 def _run_seed(run: Run) -> None:
-    torch.set_num_threads(1)
     run.make(run.seeded())
 
 

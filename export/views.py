@@ -4,23 +4,20 @@ View 0 is the clip as the runtime cuts it into windows; each further view is an 
 to one window. A view depends on the clip and its number only, never on what ran before it.
 """
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from tqdm import tqdm
 
 from edge_ser.recognizer import windows
 from export.augment import Augmentation, augment
 from export.corpora import Clip, read_samples
 from export.recipe import Windows
+from export.workers import workers
 
 SHARD = 16  # clips a file: a killed run loses no more than the files that were being written
 
@@ -81,12 +78,10 @@ def make_views(
         load: Makes the computation inside each worker process; it must be picklable.
     """
     starts = [s for s in range(0, len(clips), SHARD) if not _shard(folder, s).exists()]
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(os.cpu_count(), context) as pool,
+        workers() as pool,
         tqdm(total=len(clips), initial=len(clips) - _count(starts, len(clips))) as bar,
     ):
-        # Each process computes on one thread: two such use two cores better than two threads do.
         jobs = [
             (s, clips[s : s + SHARD], views[s : s + SHARD], cutting, load, _shard(folder, s))
             for s in starts
@@ -120,7 +115,6 @@ def _count(starts: Sequence[int], clips: int) -> int:
 
 @cache
 def _loaded(load: Callable[[], Compute]) -> Compute:
-    torch.set_num_threads(1)
     return load()
 
 
