@@ -52,9 +52,8 @@ def export_graph(
         )
     proto = program.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[
-            :
-        ]  # the exporter notes the source lines, by their place on the disk
+        # The exporter notes the source lines, with their place on this disk.
+        del node.metadata_props[:]
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in properties.items()})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, file)
