@@ -31,7 +31,7 @@ def correct_biases(
     places = {}
     for node in int8.graph.node:
         if node.name in set(layers):
-            bias, tensor = _bias_and_output(int8.graph, node, constants)
+            bias, tensor = bias_and_output(int8.graph, node, constants)
             if bias:
                 places[tensor] = (bias, 1 if node.op_type == "Conv" else -1)
     if not places:
@@ -43,7 +43,7 @@ def correct_biases(
         constants[bias].CopyFrom(numpy_helper.from_array(array.astype(np.float32), bias))
 
 
-def _bias_and_output(
+def bias_and_output(
     graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
 ) -> tuple[str | None, str]:
     """Return the constant that is added to a layer's output, and the tensor behind the sum."""

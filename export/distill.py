@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.confidence import write_confidence
+from export.encoders.mel import CentredLogMel, frames_of
 from export.model import Classifier, load_classifier, new_classifier
 from export.recipe import Distill, Recipe
 from export.speech import Speech
@@ -29,16 +31,27 @@ from export.train import (
 from export.views import Arrays, Compute, Samples, View, load_views
 
 
-def load_teacher(recipe: Recipe, weights: Path | None, trained: Path) -> Compute:
-    """Return what computes a window's samples, and its teacher's logits and embedding."""
+def load_teacher(recipe: Recipe, weights: Path | None, trained: Path, mels: int) -> Compute:
+    """Return what computes the student's features of a window, and its teacher's answers.
+
+    Args:
+        recipe: The teacher's.
+        weights: Folder of pretrained checkpoints.
+        trained: The teacher's ``model.safetensors``.
+        mels: Mel bands of the student.
+    """
     teacher = load_classifier(recipe, weights, trained)
+    front_end = CentredLogMel(mels)
 
     @torch.no_grad()
     def answer(samples: Samples) -> Arrays:
-        logits, embedding = teacher(torch.from_numpy(samples)[None])
-        # Half precision keeps samples beyond 1.0, which a gain can make and int16 would clip.
+        window = torch.from_numpy(samples)[None]
+        states = teacher.encoder(window)
+        logits, embedding = teacher.head(states)
+        frames = teacher.head.convolve(teacher.head.mix(states))
         return {
-            "samples": samples.astype(np.float16),
+            "features": front_end(window)[0].numpy().astype(np.float16),  # (mels, F at 100 Hz)
+            "frames": frames[0].numpy().astype(np.float16),  # (D, F at 25 Hz)
             "logits": logits[0].numpy(),
             "embedding": embedding[0].numpy(),
         }
@@ -78,21 +91,14 @@ def hide(features: Tensor, rng: np.random.Generator, mask_mels: int, mask_frames
     return features
 
 
-def pad_samples(samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
-    """Stack samples (T,) of any length: float32 (N, T) and the real 25 Hz frames (N, 1, F)."""
-    longest = max(map(len, samples))
-    stacked = torch.zeros(len(samples), longest)
-    real = torch.zeros(len(samples), 1, frames_of(longest), dtype=torch.bool)
-    for row, s in enumerate(samples):
-        stacked[row, : len(s)] = torch.from_numpy(s).float()
-        real[row, :, : frames_of(len(s))] = True
+def stack(arrays: Sequence[npt.NDArray[np.generic]], frames: int) -> tuple[Tensor, Tensor]:
+    """Stack arrays (D, F) of any length: float32 (N, D, frames) and real frames (N, 1, frames)."""
+    stacked = torch.zeros(len(arrays), len(arrays[0]), frames)
+    real = torch.zeros(len(arrays), 1, frames, dtype=torch.bool)
+    for row, array in enumerate(arrays):
+        stacked[row, :, : array.shape[1]] = torch.from_numpy(array)
+        real[row, :, : array.shape[1]] = True
     return stacked, real
-
-
-def frames_of(samples: int) -> int:
-    """Return how many 25 Hz frames `MelEncoder` makes of samples: two halvings that round up."""
-    halved = (samples // 160 + 1) // 2
-    return (halved + 1) // 2
 
 
 def distill(
@@ -120,8 +126,14 @@ def distill(
     for view in views:
         by_clip.setdefault(view.clip, []).append(view)
     torch.manual_seed(seed)
-    width = student.head.embedding_dim
-    translate = nn.Linear(width, len(views[0].arrays["embedding"]))
+    arrays = views[0].arrays
+    # Students are of another width than their teachers; these maps are dropped afterwards.
+    translate = nn.ModuleDict(
+        {
+            "frames": nn.Linear(student.encoder.dim, len(arrays["frames"])),
+            "embedding": nn.Linear(student.head.embedding_dim, len(arrays["embedding"])),
+        }
+    )
     parts = nn.ModuleList([student, translate])
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=settings.weight_decay)
     average = WeightAverage(student, settings.average)
@@ -143,7 +155,7 @@ def distill(
     while spent_s < budget_s:
         rng = np.random.default_rng([seed, epoch])
         picked = [by_clip[c][rng.integers(len(by_clip[c]))] for c in chosen]
-        lengths = np.array([len(view.arrays["samples"]) for view in picked])
+        lengths = np.array([view.arrays["features"].shape[1] for view in picked])
         losses = []
         for batch in bucketed(rng, lengths, settings.batch):
             progress = min(1.0, (time.process_time() - started) / budget_s)
@@ -179,7 +191,7 @@ def distill(
 
 def _loss(
     student: Classifier,
-    translate: nn.Module,
+    translate: nn.ModuleDict,
     views: Sequence[View],
     target: Tensor,
     mask: Tensor,
@@ -187,7 +199,13 @@ def _loss(
     rng: np.random.Generator,
 ) -> Tensor:
     """Return the loss of one batch of windows with target probs ``(N, C)``."""
-    samples, real = pad_samples([view.arrays["samples"] for view in views])
+    heard = [view.arrays["features"] for view in views]
+    longest = max(array.shape[1] for array in heard)
+    features, _ = stack(heard, longest)
+    counts = torch.tensor([frames_of(array.shape[1]) for array in heard])
+    real = torch.arange(frames_of(longest)) < counts[:, None, None]
+    # The student rounds lengths up, the teacher down: its last frame may have nothing to match.
+    frames, matched = stack([view.arrays["frames"] for view in views], frames_of(longest))
     logits = torch.from_numpy(np.stack([view.arrays["logits"] for view in views]))
     embedding = torch.from_numpy(np.stack([view.arrays["embedding"] for view in views]))
     answers = (logits / settings.temperature).softmax(dim=1)
@@ -198,18 +216,25 @@ def _loss(
         def mix(values: Tensor) -> Tensor:
             return share * values + (1 - share) * values[other]
 
-        samples, answers, embedding, target = map(mix, (samples, answers, embedding, target))
-        real, mask = real | real[other], mask | mask[other]
-    with torch.no_grad():
-        features = student.encoder.features(samples)
-        features = hide(features, rng, settings.mask_mels, round(settings.mask_s * 100))
+        features, frames, answers = mix(features), mix(frames), mix(answers)
+        embedding, target = mix(embedding), mix(target)
+        real, matched, mask = real | real[other], matched | matched[other], mask | mask[other]
+    features = hide(features, rng, settings.mask_mels, round(settings.mask_s * 100))
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-        got, found = student.head(student.encoder.encode(features, real), real)
-    found = translate(found.float())
+        states = student.encoder.encode(features, real)
+        got, pooled = student.head(states, real)
+        near = translate["frames"](states[:, 0]).float().transpose(1, 2)
+    found = translate["embedding"](pooled.float())
     soft = soft_loss(got.float(), answers.clamp(min=1e-6).log(), settings.temperature)
     apart = 1 - functional.cosine_similarity(found, embedding).mean()
+    local = ((near - frames).square().mean(dim=1, keepdim=True) * matched).sum() / matched.sum()
     hard = masked_cross_entropy(got.float(), target, mask)
-    return settings.soft * soft + settings.embedding * apart + settings.hard * hard
+    return (
+        settings.soft * soft
+        + settings.frames * local
+        + settings.embedding * apart
+        + settings.hard * hard
+    )
 
 
 def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None:
@@ -228,5 +253,6 @@ def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None
     student = new_classifier(recipe, weights=None)
     train, validation = speech.where(speech.split.train), speech.where(speech.split.validation)
     distill(student, views, Targets.of(speech), train, recipe.distill, seed=seed, folder=folder)
-    write_confidence(speech, window_logits(student, views, validation, "samples"), folder)
+    logits = window_logits(student.from_features, views, validation, "features")
+    write_confidence(speech, logits, folder)
     save_file(student.state_dict(), folder / "model.safetensors")

@@ -102,7 +102,7 @@ def make_graph(speech: Speech, weights: Path | None, trained: Path, folder: Path
         trained: Folder of the training stage.
         folder: Takes the files.
     """
-    model = load_classifier(speech.recipe, weights, trained / "model.safetensors")
+    model = load_classifier(speech.recipe, weights, trained / "model.safetensors").fold_norms()
     properties = {"labels": speech.labels, "sample_rate_hz": RATE_HZ}
     properties["schema_version"] = SCHEMA_VERSION
     file = folder / "model.onnx"

@@ -102,14 +102,22 @@ class CnnHead(nn.Module):
         Returns:
             Logits ``(N, C)`` and embedding ``(N, 2 * width)``.
         """
+        mixed = self.mix(states)
+        embedding = self.norm(self.pool(self.convolve(mixed, mask), mask))
+        probed = self.probe(self.drop_values(self.probe_norm(statistics(mixed, mask))))
+        return self.classify(self.drop_values(embedding)) + probed, embedding
+
+    def mix(self, states: Tensor) -> Tensor:
+        """Weigh hidden states ``(N, S, F, D)`` into one, ``(N, F, D)``."""
         # Hidden states differ by orders of magnitude from layer to layer; normalising each makes
         # the learned weights mean what they say.
         states = functional.layer_norm(states, states.shape[-1:])
         shares = self.weights.softmax(dim=0).unbind()
-        mixed = sum(s * state for s, state in zip(shares, states.unbind(dim=1), strict=True))
+        return sum(s * state for s, state in zip(shares, states.unbind(dim=1), strict=True))
+
+    def convolve(self, mixed: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Frames ``(N, F, D)`` to those that are pooled, ``(N, width, F)``."""
         frames = functional.gelu(self.project(self.drop_channels(mixed.transpose(1, 2))))
         for block in self.blocks:
             frames = block(frames, mask)
-        embedding = self.norm(self.pool(frames, mask))
-        probed = self.probe(self.drop_values(self.probe_norm(statistics(mixed, mask))))
-        return self.classify(self.drop_values(embedding)) + probed, embedding
+        return frames

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export.encoders import load_encoder
 from export.heads import CnnHead
@@ -21,6 +22,18 @@ class Classifier(nn.Module):
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 samples ``(N, T)`` to logits ``(N, C)`` and embedding ``(N, D)``."""
         return self.head(self.encoder(samples))
+
+    def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same for the log-mel ``(N, mels, F)`` of the samples; mel encoders only."""
+        return self.head(self.encoder.encode(features))
+
+    def fold_norms(self) -> "Classifier":
+        """Merge each batch normalization into the convolution before it; evaluation mode only."""
+        for module in self.modules():
+            if isinstance(module, nn.Sequential) and isinstance(module[1], nn.BatchNorm1d):
+                module[0] = fuse_conv_bn_eval(module[0], module[1])
+                module[1] = nn.Identity()
+        return self
 
 
 def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead:

@@ -131,6 +131,8 @@ class Distill:
         weight_decay: Of AdamW.
         temperature: Softens both answers before they are compared (arXiv 1503.02531).
         soft: Weight of the softened answers.
+        frames: Weight of the mean squared distance of the frames before pooling, through a learned
+            map (arXiv 1412.6550).
         embedding: Weight of the cosine distance of the embeddings.
         hard: Weight of the labels.
         balance: As in Train, for the labels.
@@ -148,6 +150,7 @@ class Distill:
     weight_decay: float = 0.05
     temperature: float = 2.0
     soft: float = 1.0
+    frames: float = 2.0
     embedding: float = 1.0
     hard: float = 0.5
     balance: float = 0.5

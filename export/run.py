@@ -115,8 +115,9 @@ class Run:
         speech, recipe = self.speech, self.recipe
         if recipe.distill:
             teacher, trained = self._teacher()
-            load = partial(load_teacher, teacher, self.weights, trained)
-            reads = {"teacher": fingerprint([trained])}
+            mels = recipe.encoder.mels
+            load = partial(load_teacher, teacher, self.weights, trained, mels)
+            reads = {"teacher": fingerprint([trained]), "mels": mels}
             return [self._views("targets", recipe.distill.views, reads, load)]
         assert recipe.train  # a recipe has either [train] or [distill]
         load = partial(encode_states, recipe.encoder, self.weights, recipe.windows.window_s)

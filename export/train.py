@@ -1,7 +1,7 @@
 """Training of a head on the cached hidden states of a frozen encoder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,15 +223,18 @@ def save_checkpoint(state: dict[str, object], file: Path) -> None:
 
 @torch.no_grad()
 def window_logits(
-    network: nn.Module, views: Sequence[View], clips: Sequence[int], array: str = "states"
+    network: Callable[[Tensor], tuple[Tensor, Tensor]],
+    views: Sequence[View],
+    clips: Sequence[int],
+    array: str = "states",
 ) -> list[npt.NDArray[np.float32]]:
     """Return the logits (W, C) of the runtime's windows of each clip, as recorded.
 
     Args:
-        network: A head, or a whole student.
+        network: A head, or a student behind its front end; gives logits and embedding.
         views: Of all clips.
         clips: Which clips, in this order.
-        array: What of a view the network takes: ``states``, or a student's ``samples``.
+        array: What of a view the network takes: ``states``, or a student's ``features``.
     """
     found: dict[int, list[npt.NDArray[np.float32]]] = {clip: [] for clip in clips}
     for view in views:

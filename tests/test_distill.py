@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
-from export.distill import distill, frames_of, hide, load_teacher, pad_samples, soft_loss
+from export.distill import distill, hide, load_teacher, soft_loss, stack
 from export.encoders.mel import MelEncoder
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier
@@ -75,17 +75,15 @@ def test_every_width_up_to_the_widest_is_hidden():
     assert changed.all(dim=1).any(dim=0).all()
 
 
-def test_samples_are_padded_with_silence_and_the_mask_says_where():
-    samples = [np.full(length, 0.5, np.float16) for length in (16000, 6400, 8001)]
-    stacked, real = pad_samples(samples)
+def test_arrays_are_stacked_on_zeros_and_the_mask_says_where():
+    arrays = [np.full((2, length), 0.5, np.float16) for length in (9, 4, 6)]
+    stacked, real = stack(arrays, 10)
     assert stacked.dtype == torch.float32
-    assert (stacked != 0).sum(dim=1).tolist() == [16000, 6400, 8001]
-    assert (stacked[1, :6400] == 0.5).all()
-    assert real.shape == (3, 1, frames_of(16000))
-    for row, mask in zip(samples, real[:, 0], strict=True):
-        frames = frames_of(len(row))
-        assert mask[:frames].all()
-        assert not mask[frames:].any()
+    assert stacked.shape == (3, 2, 10)
+    assert real.shape == (3, 1, 10)
+    for row, length in enumerate((9, 4, 6)):
+        assert real[row, 0].tolist() == [True] * length + [False] * (10 - length)
+        assert torch.equal(stacked[row], 0.5 * real[row].expand(2, 10))
 
 
 def recipe(**parts):
@@ -101,26 +99,30 @@ def test_a_teacher_answers_as_its_network_does(tmp_path):
     torch.manual_seed(0)
     save_file(CnnHead(3, 32, 3, width=8).state_dict(), tmp_path / "model.safetensors")
     samples = voice(1000.0, 120.0, 0.8, 0) * 9  # beyond 1.0, as a gain can make it
-    found = load_teacher(teacher, tmp_path, tmp_path / "model.safetensors")(samples)
+    found = load_teacher(teacher, tmp_path, tmp_path / "model.safetensors", mels=16)(samples)
     network = load_classifier(teacher, tmp_path, tmp_path / "model.safetensors")
+    pooled = []
+    network.head.pool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
     with torch.no_grad():
         logits, embedding = network(torch.from_numpy(samples)[None])
+        features = MelEncoder(16, 8, 1).mel(torch.from_numpy(samples)[None])
     np.testing.assert_array_equal(found["logits"], logits[0])
     np.testing.assert_array_equal(found["embedding"], embedding[0])
-    assert found["samples"].dtype == np.float16
-    np.testing.assert_allclose(found["samples"], samples, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(found["frames"], pooled[0][0].numpy().astype(np.float16))
+    np.testing.assert_array_equal(found["features"], features[0].numpy().astype(np.float16))
 
 
 def toy(clips=36):
     """Return voices, what a sure teacher says of them, and their labels."""
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((3, 8)).astype(np.float32)
-    views = []
+    views, front_end = [], MelEncoder(16, 8, 1).mel
     for clip in range(clips):
         label = clip % 3
         samples = voice(RESONANCES_HZ[LABELS[label]], rng.uniform(90, 220), 0.5, clip)
         arrays = {
-            "samples": samples.astype(np.float16),
+            "features": front_end(torch.from_numpy(samples)[None])[0].numpy().astype(np.float16),
+            "frames": np.repeat(embeddings[label, :5, None], 12, axis=1).astype(np.float16),
             "logits": 6 * np.eye(3, dtype=np.float32)[label],
             "embedding": embeddings[label],
         }
@@ -150,7 +152,9 @@ def right(student, clips):
     views, targets = toy()
     with torch.no_grad():
         answers = [
-            student(torch.from_numpy(views[c].arrays["samples"]).float()[None])[0].argmax().item()
+            student.from_features(torch.from_numpy(views[c].arrays["features"]).float()[None])[0]
+            .argmax()
+            .item()
             for c in clips
         ]
     return np.mean([answer == targets.label[c] for answer, c in zip(answers, clips, strict=True)])
@@ -171,7 +175,7 @@ def test_a_student_learns_what_its_teacher_says(tmp_path, hard):
 def test_labels_alone_are_learned_as_well(tmp_path):
     student = new_student()
     views, targets = toy()
-    alone = replace(SETTINGS, soft=0.0, embedding=0.0, hard=1.0)
+    alone = replace(SETTINGS, soft=0.0, frames=0.0, embedding=0.0, hard=1.0)
     distill(student, views, targets, list(range(24)), alone, seed=0, folder=tmp_path)
     assert right(student, range(24, 36)) == 1.0
 

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+import scipy.signal
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.distill import frames_of
-from export.encoders.mel import MelEncoder
+from export.encoders.mel import MelEncoder, frames_of
+from export.frontend import LogMel
 from export.model import new_classifier
 from export.recipe import read_recipe
 
@@ -24,25 +25,31 @@ def encoder(mels=16, width=12, layers=3):
 def test_frames_of_counts_the_frames(samples):
     with torch.no_grad():
         states = MelEncoder(4, 4, 0)(torch.zeros(1, samples))
-    assert states.shape == (1, 1, frames_of(samples), 4)
+    assert states.shape == (1, 1, frames_of(samples // 160), 4)
 
 
 def test_there_are_25_frames_a_second():
-    assert frames_of(4 * 16000) == 4 * MelEncoder.frame_rate_hz
+    assert frames_of(4 * 100) == 4 * MelEncoder.frame_rate_hz
 
 
-def test_features_are_scaled_log_mel():
-    network = encoder()
+def test_every_band_of_the_features_has_mean_0():
     samples = 0.1 * torch.randn(2, 8000)
-    features = network.features(samples)
+    features = encoder().mel(samples)
     assert features.shape == (2, 16, 50)
-    torch.testing.assert_close(features, network.mel(samples) / 4 + 1)
+    log_mel = LogMel(16)(samples).numpy()
+    expected = scipy.signal.detrend(log_mel, axis=2, type="constant") / 4
+    torch.testing.assert_close(features, torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+def test_a_level_or_a_channel_changes_nothing():
+    samples = 0.1 * torch.randn(1, 8000)
+    torch.testing.assert_close(encoder().mel(samples), encoder().mel(10 * samples))
 
 
 def test_encoding_is_the_forward_pass():
     network = encoder()
     samples = 0.1 * torch.randn(2, 8000)
-    torch.testing.assert_close(network(samples), network.encode(network.features(samples)))
+    torch.testing.assert_close(network(samples), network.encode(network.mel(samples)))
 
 
 @pytest.mark.parametrize("frames", [10, 11, 12, 25, 39])
@@ -78,3 +85,15 @@ def test_the_student_of_the_tiny_recipe_has_3_2_million_parameters_at_most():
     logits, embedding = student.eval()(torch.zeros(2, 16000))
     assert logits.shape == (2, 7)
     assert embedding.shape == (2, student.head.embedding_dim)
+
+
+def test_folded_norms_give_the_same_answer():
+    student = new_classifier(read_recipe(RECIPES / "tiny.toml"), weights=None)
+    samples = 0.1 * torch.randn(2, 16000)
+    student.train()(samples)  # norms that have seen something
+    student.eval()
+    with torch.no_grad():
+        before = student(samples)[0]
+        after = student.fold_norms()(samples)[0]
+    assert not any(isinstance(module, torch.nn.BatchNorm1d) for module in student.modules())
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from export.encoders import encode_states, load_encoder
-from export.encoders.whisper import load_whisper
+from export.encoders.whisper import Neighbours, load_whisper
 from export.errors import RecipeError
 from export.recipe import EncoderChoice
 from tests.speech_corpus import make_whisper
@@ -67,6 +67,22 @@ def test_hidden_states_are_those_of_transformers(tmp_path, layers, states):
     assert expected.std() > 0.1
     kept = expected[layers + 1 - states : layers + 1]
     torch.testing.assert_close(found, kept, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 7, 8, 51, 100])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_neighbours_are_a_convolution(stride, frames):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv1d(5, 7, kernel_size=3, stride=stride, padding=1)
+    product = Neighbours(5, 7, stride)
+    weight = Neighbours.from_kernel(convolution.weight)
+    product.load_state_dict({"weight": weight, "bias": convolution.bias})
+    samples = torch.randn(2, frames, 5)
+    with torch.no_grad():
+        expected = convolution(samples.transpose(1, 2)).transpose(1, 2)
+        found = product(samples)
+    assert found.shape == (2, -(-frames // stride), 7)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.corpora

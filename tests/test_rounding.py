@@ -1,0 +1,140 @@
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+from export.quantize import _Windows
+from export.rounding import round_rows, round_weights, second_moments
+
+
+def output_error(weights, scale, steps, moments):
+    """Sum of squares of what rounding changes at the output, over all inputs."""
+    change = weights - steps * scale
+    return np.trace(change.T @ moments @ change)
+
+
+def correlated(dim, frames, seed):
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(frames, 3)) @ rng.normal(size=(3, dim))
+    return inputs + 0.1 * rng.normal(size=(frames, dim))
+
+
+def test_the_second_weight_makes_up_for_the_first():
+    # Two inputs that are always equal: only the sum of their weights matters. To the nearest step
+    # 0.4 + 0.4 becomes 0 + 0; the sum 0.8 is nearer to 1.
+    steps = round_rows(np.full((2, 1), 0.4, np.float32), np.ones(1), np.ones((2, 2)))
+    assert sorted(steps.ravel()) == [0, 1]
+
+
+def test_without_correlation_the_nearest_step_is_taken():
+    weights = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32)
+    scale = np.abs(weights).max(axis=0) / 127
+    steps = round_rows(weights, scale, np.diag(np.linspace(1, 5, 200)))
+    np.testing.assert_array_equal(steps, np.round(weights / scale))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_comes_close_to_the_best_of_all_roundings(seed):
+    rng = np.random.default_rng(seed)
+    weights, moments = rng.uniform(-3, 3, (6, 1)), np.cov(correlated(6, 300, seed).T)
+    errors = [
+        output_error(weights, 1.0, (np.floor(weights.T) + up).T, moments)
+        for up in itertools.product((0, 1), repeat=6)
+    ]
+    found = output_error(weights, 1.0, round_rows(weights, np.ones(1), moments), moments)
+    nearest = output_error(weights, 1.0, np.round(weights), moments)
+    assert found < nearest / 2 or found <= 1.5 * min(errors)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dim=st.integers(1, 300), out=st.integers(1, 4), silent=st.booleans(), seed=st.integers(0, 99)
+)
+def test_steps_stay_in_range_and_the_error_does_not_grow(dim, out, silent, seed):
+    rng = np.random.default_rng(seed)
+    inputs = correlated(dim, 400, seed)
+    if silent:
+        inputs[:, 0] = 0  # an input that is always 0 has no say
+    weights = rng.normal(size=(dim, out)).astype(np.float32)
+    scale, moments = np.abs(weights).max(axis=0) / 127, inputs.T @ inputs
+    steps = round_rows(weights, scale, moments)
+    assert steps.dtype == np.int8
+    assert np.abs(steps.astype(int)).max() <= 127
+    found = output_error(weights, scale, steps, moments)
+    assert found <= 1.1 * output_error(weights, scale, np.round(weights / scale), moments) + 1e-9
+
+
+def network():
+    rng = np.random.default_rng(0)
+    constants = {
+        "shape": np.array([0, -1, 40]),
+        "weight": rng.normal(size=(40, 8)).astype(np.float32),
+        "last": rng.normal(size=(8, 2)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["samples", "shape"], ["x"]),
+        helper.make_node("MatMul", ["x", "weight"], ["y"], "layer"),
+        helper.make_node("MatMul", ["y", "last"], ["logits"], "other"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["N", "T"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "F", 2])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+WINDOWS = [correlated(40, 20, seed).astype(np.float32).ravel() for seed in range(6)]
+
+
+def test_second_moments_are_sums_of_outer_products():
+    frames = np.concatenate(WINDOWS).reshape(-1, 40)
+    found = second_moments(network(), ["x"], WINDOWS)
+    np.testing.assert_allclose(found["x"], frames.T @ frames, rtol=1e-4, atol=1e-3)
+    assert second_moments(network(), [], WINDOWS) == {}
+
+
+def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
+    fp32 = network()
+    onnx.save(fp32, tmp_path / "fp32.onnx")
+    quantize_static(
+        tmp_path / "fp32.onnx",
+        tmp_path / "int8.onnx",
+        _Windows(WINDOWS),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
+    int8 = onnx.load(tmp_path / "int8.onnx")
+    before = onnx.ModelProto.FromString(int8.SerializeToString())
+    round_weights(fp32, int8, WINDOWS, ["layer"])
+    old, new = (
+        {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        for model in (before, int8)
+    )
+    changed = [name for name in old if not np.array_equal(old[name], new[name])]
+    assert changed == ["weight_quantized"]
+    assert new["weight_quantized"].dtype == np.int8
+
+    def product(model):
+        """What the rounded layer gives, from the frames as they are."""
+        steps = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        return np.concatenate(WINDOWS).reshape(-1, 40) @ (
+            steps["weight_quantized"] * steps["weight_scale"]
+        )
+
+    exact = np.concatenate(WINDOWS).reshape(-1, 40) @ numpy_helper.to_array(
+        fp32.graph.initializer[1]
+    )
+    assert np.square(product(int8) - exact).sum() < 0.3 * np.square(product(before) - exact).sum()
+    onnxruntime.InferenceSession(int8.SerializeToString(), providers=["CPUExecutionProvider"])
