@@ -28,7 +28,7 @@ def test_the_python_example_runs_and_prints_a_label():
 
 def test_the_first_commands_install_and_classify_the_second_install_and_test():
     first, second = blocks("sh")
-    assert first.splitlines()[-1] == "edge-ser predict --sample --bundle tiny"
+    assert first.splitlines()[-1] == "edge-ser predict --sample"
     assert second.splitlines()[-1] == "pytest"
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,9 @@ def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
         ]
     expected = states_of_transformers(model, samples)[: layers + 1]
     # The states grow to about 100 from layer to layer.
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # Upper layers hold values over 200, whose sums are rounded; matrix products sum in an order of
+    # their own.
+    torch.testing.assert_close(found, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-4)
 
 
 def test_what_is_said_of_the_encoder_is_true(checkpoint):
@@ -170,6 +173,25 @@ def test_a_missing_tensor_is_named(checkpoint, tmp_path):
         f"{source}: missing tensors ['layers.0.fc1.bias'], unexpected []; "
         "a Whisper checkpoint with these layers is needed"
     )
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "text", "cut"])
+def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, damage):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    if damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "text":
+        (folder / "config.json").write_text("layers: 6")
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(RecipeError) as fault:
+        load_whisper(str(folder), 2, 1.0, 1)
+    (line,) = str(fault.value).splitlines()
+    assert line.startswith(f"checkpoint {str(folder)!r} cannot be read (")
+    assert line.endswith("); it needs config.json and model.safetensors")
 
 
 def test_an_unexpected_tensor_is_named(checkpoint, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -171,7 +172,8 @@ def load_whisper(source: str, layers: int, window_s: float, states: int) -> Whis
         The encoder, in evaluation mode.
 
     Raises:
-        RecipeError: The checkpoint lacks a tensor or holds one that the encoder has no place for.
+        RecipeError: The checkpoint cannot be read, lacks a tensor, or holds one that the encoder
+            has no place for.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -183,12 +185,19 @@ def load_whisper(source: str, layers: int, window_s: float, states: int) -> Whis
             raise RecipeError(
                 f"no checkpoint {source!r}: neither a folder under --weights nor a hub id ({line})"
             ) from exc
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        stored = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as exc:
+        raise RecipeError(
+            f"checkpoint {str(folder)!r} cannot be read ({exc}); it needs config.json and "
+            "model.safetensors"
+        ) from exc
     encoder = WhisperEncoder(config, layers, window_s, states)
     prefix = "model.encoder."
     tensors = {
         name.removeprefix(prefix): tensor.float()
-        for name, tensor in load_file(folder / "model.safetensors").items()
+        for name, tensor in stored.items()
         if not name.startswith("model.decoder.")
     }
     kept = encoder.state_dict()
