@@ -67,9 +67,11 @@ def offset(low: float, high: float) -> float:
         return 0.0
     if low + high < 0:
         return -offset(-high, -low)
-    steps = min(round((low + high) / 2 / (high - low) * STEPS), STEPS // 2)
+    side = STEPS // 2
+    most = side if low >= 0 else side - 1  # a negative value needs a step of its own
+    steps = min(round((low + high) / (high - low) * side), most)
     # The larger of the two sides decides the step, as it does in the quantizer.
-    return steps * max(high / (STEPS // 2 + steps), -low / max(1, STEPS // 2 - steps))
+    return steps * max(high / (side + steps), -low / max(1, side - steps))
 
 
 def _ranges(

@@ -101,7 +101,6 @@ def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
             0
         ]
     expected = states_of_transformers(model, samples)[: layers + 1]
-    # The states grow to about 100 from layer to layer.
     # Upper layers hold values over 200, whose sums are rounded; matrix products sum in an order of
     # their own.
     torch.testing.assert_close(found, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-4)
