@@ -61,9 +61,9 @@ def offset(low: float, high: float) -> float:
         high: Largest value.
 
     Returns:
-        0 where the range is centred well enough.
+        0 where the range is centred well enough, or is a single value.
     """
-    if abs(low + high) < LOPSIDED * (high - low):
+    if low == high or abs(low + high) < LOPSIDED * (high - low):
         return 0.0
     if low + high < 0:
         return -offset(-high, -low)

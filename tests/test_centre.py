@@ -45,6 +45,7 @@ PRODUCT = helper.make_node("MatMul", ["x", "weight"], ["y"], "layer")
 MATMUL = [PRODUCT, helper.make_node("Add", ["y", "bias"], ["logits"])]
 BIAS_FIRST = [PRODUCT, helper.make_node("Add", ["bias", "y"], ["logits"])]
 NO_ADD = [helper.make_node("MatMul", ["x", "weight"], ["logits"], "layer")]
+SCALED = [PRODUCT, helper.make_node("Mul", ["y", "bias"], ["logits"])]
 GELU_BEHIND = [PRODUCT, helper.make_node("Gelu", ["y"], ["logits"])]
 RESIDUAL = [
     PRODUCT,
@@ -132,6 +133,7 @@ def test_layers_that_share_constants_are_centred_alone(layers):
     [
         pytest.param(GELU, NO_ADD, ["layer"], id="no addition"),
         pytest.param(GELU, GELU_BEHIND, ["layer"], id="no bias before a GELU"),
+        pytest.param(GELU, SCALED, ["layer"], id="a factor, no bias"),
         pytest.param(GELU, RESIDUAL, ["layer"], id="no constant is added"),
         pytest.param(GELU, TWO_READERS, ["layer"], id="two readers"),
         pytest.param(GELU, MATMUL, ["another"], id="not listed"),
@@ -169,6 +171,9 @@ def step(low, high, shift=0.0):
         # Off centre by less than an eighth of the range.
         (-3, 4.9, 0),
         (-1, 1, 0),
+        # A tensor that is constant on calibration speech.
+        (0, 0, 0),
+        (3, 3, 0),
     ],
 )
 def test_an_offset_counted_by_hand(low, high, expected):
