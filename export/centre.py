@@ -9,12 +9,10 @@ whole number of steps, so that zero, the most frequent value behind a GELU, is s
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
-Floats = npt.NDArray[np.float32]
+from export.probe import Floats, tensor_values
 
 STEPS = 254  # from -127 to 127
 LOPSIDED = 0.25  # below this share of the range, a shift is not worth its subtraction
@@ -77,16 +75,9 @@ def offset(low: float, high: float) -> float:
 def _ranges(
     model: onnx.ModelProto, names: Sequence[str], windows: Sequence[Floats]
 ) -> dict[str, tuple[float, float]]:
-    if not names:
-        return {}
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    bounds = []
-    for window in windows:
-        values = session.run(list(names), {"samples": window[None]})
-        bounds.append([(value.min(), value.max()) for value in values])
-    lows, highs = np.min(bounds, axis=0)[:, 0], np.max(bounds, axis=0)[:, 1]
-    return {n: (float(a), float(b)) for n, a, b in zip(names, lows, highs, strict=True)}
+    bounds: dict[str, tuple[float, float]] = {}
+    for values in tensor_values(model, names, windows):
+        for name, value in values.items():
+            low, high = bounds.get(name, (np.inf, -np.inf))
+            bounds[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return bounds

@@ -8,12 +8,10 @@ last, each bias takes up the difference of the means on calibration speech.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 
-Floats = npt.NDArray[np.float32]
+from export.probe import Floats, tensor_values
 
 
 def correct_biases(
@@ -60,17 +58,11 @@ def _means(
     model: onnx.ModelProto, axes: dict[str, int], windows: Sequence[Floats]
 ) -> dict[str, Floats]:
     """Return the mean of every channel of tensors over all frames of all windows."""
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in axes)
-    session = onnxruntime.InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
     sums = {name: np.zeros(1, np.float32) for name in axes}
     frames = dict.fromkeys(axes, 0)
-    for window in windows:
-        values = session.run(list(axes), {"samples": window[None]})
-        for (name, axis), value in zip(axes.items(), values, strict=True):
-            channels = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis])
+    for values in tensor_values(model, list(axes), windows):
+        for name, value in values.items():
+            channels = np.moveaxis(value, axes[name], -1).reshape(-1, value.shape[axes[name]])
             sums[name] = sums[name] + channels.sum(axis=0)
             frames[name] += len(channels)
     return {name: sums[name] / frames[name] for name in axes}

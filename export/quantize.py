@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from export.centre import centre
 from export.debias import bias_and_output, correct_biases
+from export.probe import tensor_values
 from export.rounding import round_weights
 from export.smooth import even_out
 from export.speech import Speech
@@ -141,30 +142,24 @@ def layer_errors(fp32: Path, int8: Path, windows: Sequence[Samples]) -> dict[str
     The error of a layer holds those of the layers before it. It is the root mean square of the
     difference over that of the full-precision output.
     """
-    sessions = {}
-    quantized = onnx.load(int8, load_external_data=False).graph
+    models = [onnx.load(file) for file in (fp32, int8)]
+    quantized = models[1].graph
     scaled = {node.output[0] for node in quantized.node if node.op_type == "DequantizeLinear"}
     constants = {tensor.name: tensor for tensor in quantized.initializer}
-    layers = {
-        # Behind the bias: before it, a centred layer differs by what the bias makes up for.
-        bias_and_output(quantized, node, constants)[1]: node.name
-        for node in quantized.node
-        if node.op_type in QUANTIZED and node.input[0] in scaled and node.input[1] in scaled
-    }
-    for file in (fp32, int8):
-        model = onnx.load(file)
-        there = {output for node in model.graph.node for output in node.output}
-        layers = {output: name for output, name in layers.items() if output in there}
-        model.graph.output.extend(onnx.ValueInfoProto(name=output) for output in layers)
-        sessions[file] = onnxruntime.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+    there = {output for node in models[0].graph.node for output in node.output}
+    layers = {}
+    for node in quantized.node:
+        if node.op_type in QUANTIZED and node.input[0] in scaled and node.input[1] in scaled:
+            # Behind the bias: before it, a centred layer differs by what the bias makes up for.
+            output = bias_and_output(quantized, node, constants)[1]
+            if output in there:
+                layers[output] = node.name
     squares = np.zeros((len(layers), 2))
-    for window in windows:
-        feed = {"samples": window[None]}
-        outputs = [sessions[file].run(list(layers), feed) for file in (fp32, int8)]
-        for row, (exact, rounded) in enumerate(zip(*outputs, strict=True)):
-            squares[row] += np.square(exact - rounded).sum(), np.square(exact).sum()
+    pairs = zip(*(tensor_values(m, list(layers), windows) for m in models), strict=True)
+    for exact, rounded in pairs:
+        for row, output in enumerate(layers):
+            difference = exact[output] - rounded[output]
+            squares[row] += np.square(difference).sum(), np.square(exact[output]).sum()
     errors = np.sqrt(squares[:, 0] / squares[:, 1])
     return {
         name: float(error)

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 
-Floats = npt.NDArray[np.float32]
+from export.probe import Floats, tensor_values
 
 DAMPING = 0.01  # of the mean of the diagonal, the paper's; keeps the inverse stable
 BLOCK = 128  # rows between two updates of all that follow: speed only
@@ -51,18 +50,9 @@ def second_moments(
     model: onnx.ModelProto, names: Sequence[str], windows: Sequence[Floats]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Return the sum over all frames of the outer product of a tensor's channels, (D, D) each."""
-    if not names:
-        return {}
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
     sums: dict[str, npt.NDArray[np.float64]] = {}
-    for window in windows:
-        for name, value in zip(
-            names, session.run(list(names), {"samples": window[None]}), strict=True
-        ):
+    for values in tensor_values(model, names, windows):
+        for name, value in values.items():
             frames = value.reshape(-1, value.shape[-1])
             sums[name] = sums.get(name, 0) + (frames.T @ frames).astype(np.float64)
     return sums

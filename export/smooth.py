@@ -9,12 +9,10 @@ before the layer, the division goes into its constants and costs nothing; elsewh
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
-Floats = npt.NDArray[np.float32]
+from export.probe import Floats, tensor_values
 
 # How much goes to the weights, 0 to 1: the paper's alpha. Above its 0.5, because `rounding` makes
 # the weights cheaper to round than the activations.
@@ -39,16 +37,10 @@ def channel_maxima(
 ) -> dict[str, Floats]:
     """Return the largest magnitude of every channel of what the layers read, by tensor."""
     axis_of = {node.input[0]: 1 if node.op_type == "Conv" else -1 for node in layers}
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in axis_of)
-    session = onnxruntime.InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
     found: dict[str, Floats] = {}
-    for window in windows:
-        values = session.run(list(axis_of), {"samples": window[None]})
-        for (name, axis), value in zip(axis_of.items(), values, strict=True):
-            others = tuple(a for a in range(value.ndim) if a != axis % value.ndim)
+    for values in tensor_values(model, list(axis_of), windows):
+        for name, value in values.items():
+            others = tuple(a for a in range(value.ndim) if a != axis_of[name] % value.ndim)
             found[name] = np.maximum(found.get(name, 0), np.abs(value).max(axis=others))
     return found
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
+from torch import nn
 
-from export.distill import distill, hide, load_teacher, soft_loss, stack
+from export.distill import _loss, distill, hide, load_teacher, soft_loss, stack
 from export.encoders.mel import MelEncoder
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier
@@ -178,6 +179,29 @@ def test_labels_alone_are_learned_as_well(tmp_path):
     alone = replace(SETTINGS, soft=0.0, frames=0.0, embedding=0.0, hard=1.0)
     distill(student, views, targets, list(range(24)), alone, seed=0, folder=tmp_path)
     assert right(student, range(24, 36)) == 1.0
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_the_teachers_frames_are_matched_where_it_has_any(weight):
+    views, targets = toy(clips=2)
+    short = views[1].arrays
+    views[1] = replace(
+        views[1],
+        arrays={**short, "features": short["features"][:, :30], "frames": short["frames"][:, :7]},
+    )
+    nothing = nn.ModuleDict({"frames": nn.Linear(16, 5), "embedding": nn.Linear(16, 8)})
+    for parameter in nothing.parameters():
+        nn.init.zeros_(parameter)  # maps every frame to 0: the distance is the frame's own square
+    only = replace(
+        SETTINGS, soft=0.0, embedding=0.0, hard=0.0, frames=weight, mixup=0.0, mask_mels=0
+    )
+    target = torch.eye(3)[:2]
+    found = _loss(
+        new_student(), nothing, views, target, targets.mask, only, np.random.default_rng(0)
+    )
+    matched = np.concatenate([view.arrays["frames"].astype(np.float64) for view in views], axis=1)
+    assert matched.shape == (5, 12 + 7)
+    assert found.item() == pytest.approx(weight * np.square(matched).mean(), rel=1e-3)
 
 
 def test_a_stopped_training_keeps_the_time_it_has_spent(tmp_path):
