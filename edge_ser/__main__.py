@@ -1,7 +1,5 @@
 """``python -m edge_ser`` is ``edge-ser``."""
 
-import sys
+from edge_ser.cli import program
 
-from edge_ser.cli import main
-
-sys.exit(main())
+program()

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from edge_ser import __version__
 from edge_ser.bundle import FP32_GRAPH, Bundle
@@ -43,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 1
+
+
+def program() -> NoReturn:
+    """Run the command line and end the process."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would first take its modules and ONNX Runtime's apart, which takes 20 ms of the 240 ms
+    # that naming one clip takes.
+    os._exit(status)
 
 
 def _predict(args: argparse.Namespace) -> int:

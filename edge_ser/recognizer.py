@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -63,13 +60,7 @@ class Recognizer:
         """
         from edge_ser.engines import open_engine
 
-        # Loading ONNX Runtime's library and hashing a bundle take a while each: both at once.
-        loading = threading.Thread(target=_import_onnxruntime)
-        loading.start()
-        try:
-            opened = Bundle.open(bundle)
-        finally:
-            loading.join()
+        opened = Bundle.open(bundle)
         engine = open_engine(opened, precision=precision, threads=threads, device=device)
         return cls(opened.metadata, engine)
 
@@ -136,12 +127,6 @@ class Recognizer:
         best = int(probs.argmax())
         labels = self.metadata.labels
         return labels[best], values[best], dict(zip(labels, values, strict=True))
-
-
-def _import_onnxruntime() -> None:
-    # That it is missing is said by the engine, if nothing else is wrong.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("onnxruntime")
 
 
 def windows(blocks: Iterable[Samples], window: int, hop: int) -> Iterator[tuple[int, Samples]]:

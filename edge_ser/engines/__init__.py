@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 from edge_ser.bundle import INT8_GRAPH, X86_GRAPH, Bundle
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import BundleError, DeviceError, EngineError
-from edge_ser.selftest import TOLERANCE, deviation
-
-_log = logging.getLogger("edge_ser")
 
 
 def open_engine(
@@ -51,6 +47,16 @@ def open_engine(
     _check_against(bundle, graph, engine)
     if graph.name != X86_GRAPH or (has_vnni() if vnni is None else vnni):
         return engine
+    return _without_vnni(bundle, engine, threads)
+
+
+def _without_vnni(bundle: Bundle, engine: OnnxEngine, threads: int | None) -> OnnxEngine:
+    """Return the engine if it computes the self-test rightly, else one that computes in float."""
+    # Few machines come here; the others need not wait for these modules.
+    import logging
+
+    from edge_ser.selftest import TOLERANCE, deviation
+
     saturated = deviation(bundle, engine)
     if saturated <= TOLERANCE:
         return engine
@@ -62,7 +68,7 @@ def open_engine(
         raise EngineError(
             f"bundle {str(bundle.path)!r} fails its self-test on this processor; use fp32"
         )
-    _log.warning(
+    logging.getLogger("edge_ser").warning(
         f"no VNNI, and the self-test of {X86_GRAPH} is off by {saturated:.2g} "
         f"(allowed: {TOLERANCE:g}): {INT8_GRAPH} runs in float, more slowly"
     )
