@@ -27,7 +27,7 @@ BLOCK = 1 << 16  # frames read at a time
 
 # What one unit of an array is worth: integers span -1 to 1 (1 excluded), floats are taken as they
 # are, louder than 1 too.
-_UNITS = {"int16": 2.0**-15, "int32": 2.0**-31, "float32": 1.0, "float64": 1.0}
+_UNITS = {np.int16: 2.0**-15, np.int32: 2.0**-31, np.float32: 1.0, np.float64: 1.0}
 
 # The formats whose reader tells whether the file is complete (Ogg promises no length).
 _FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3"}
@@ -88,8 +88,9 @@ def blocks(audio: Audio, sample_rate_hz: int | None = None, *, rate_hz: int) -> 
 
 def _array_rate(array: NDArray[Any], rate_hz: int | None) -> int:
     """Check the type, the shape and the rate of an array; return the rate."""
-    if array.dtype.name not in _UNITS:
-        raise AudioError(f"the array is of {array.dtype.name}; allowed: {', '.join(_UNITS)}")
+    if array.dtype.type not in _UNITS:
+        allowed = ", ".join(kind.__name__ for kind in _UNITS)
+        raise AudioError(f"the array is of {array.dtype.name}; allowed: {allowed}")
     if array.ndim not in (1, 2):
         raise AudioError(
             f"the array has shape {array.shape}; allowed: (samples,) or (samples, channels)"
@@ -107,10 +108,12 @@ def _array_rate(array: NDArray[Any], rate_hz: int | None) -> int:
 
 def _array_blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Yield float32 blocks of shape (n,) or (n, channels)."""
-    unit = np.float32(_UNITS[array.dtype.name])
+    unit = np.float32(_UNITS[array.dtype.type])
     for start in range(0, len(array), BLOCK):
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf: refused below
-            block = array[start : start + BLOCK].astype(np.float32, copy=False)
+        block = array[start : start + BLOCK]
+        if block.dtype != np.float32:
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf: refused below
+                block = block.astype(np.float32)
         yield block if unit == 1 else block * unit
 
 

@@ -113,7 +113,7 @@ class Recognizer:
         for start, samples in windows(blocks, window, hop):
             logits.append(self.engine.run(samples[np.newaxis])[0])  # (1, T) -> (C,)
             spans.append((start / rate, (start + len(samples)) / rate))
-        stacked = np.stack(logits)
+        stacked = np.array(logits)
         if not np.isfinite(stacked).all():
             graph = self.engine.graph
             raise EngineError(

@@ -1,5 +1,6 @@
 """Distillation: a student learns the answers of its teacher on augmented speech, by the clock."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from export.confidence import write_confidence
 from export.encoders.mel import CentredLogMel, frames_of
 from export.model import Classifier, load_classifier, new_classifier
 from export.recipe import Distill, Recipe
+from export.spectrogram import hide, warp
 from export.speech import Speech
 from export.train import (
     CHECKPOINT,
@@ -29,6 +31,7 @@ from export.train import (
     window_logits,
 )
 from export.views import Arrays, Compute, Samples, View, load_views
+from export.workers import workers
 
 
 def load_teacher(recipe: Recipe, weights: Path | None, trained: Path, mels: int) -> Compute:
@@ -70,25 +73,6 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     answers = (student / temperature).log_softmax(dim=1)
     divergence = functional.kl_div(answers, teacher, reduction="batchmean", log_target=True)
     return divergence * temperature**2
-
-
-def hide(features: Tensor, rng: np.random.Generator, mask_mels: int, mask_frames: int) -> Tensor:
-    """SpecAugment: hide one band and one stretch of each clip behind the clip's mean.
-
-    Args:
-        features: Log-mel ``(N, mels, F)``; changed in place.
-        rng: Source of chance.
-        mask_mels: Widest band.
-        mask_frames: Longest stretch.
-    """
-    _, mels, frames = features.shape
-    for clip in features:
-        mean = clip.mean()
-        band, stretch = rng.integers(mask_mels + 1), rng.integers(min(mask_frames, frames) + 1)
-        low, start = rng.integers(mels - band + 1), rng.integers(frames - stretch + 1)
-        clip[low : low + band] = mean
-        clip[:, start : start + stretch] = mean
-    return features
 
 
 def stack(arrays: Sequence[npt.NDArray[np.generic]], frames: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +132,7 @@ def distill(
         epoch, spent_s = state["epoch"], state["spent_s"]
     budget_s = settings.cpu_minutes * 60
     mixing = np.random.default_rng([seed, 1])
-    bar = tqdm(total=round(budget_s), initial=round(spent_s), unit="s")
+    bar = tqdm(desc=folder.name, total=round(budget_s), initial=round(spent_s), unit="s")
     parts.train()
     # Processor time: another process on the machine must not shorten the training.
     started = time.process_time() - spent_s
@@ -219,6 +203,7 @@ def _loss(
         features, frames, answers = mix(features), mix(frames), mix(answers)
         embedding, target = mix(embedding), mix(target)
         real, matched, mask = real | real[other], matched | matched[other], mask | mask[other]
+    features = warp(features, rng, settings.warp)
     features = hide(features, rng, settings.mask_mels, round(settings.mask_s * 100))
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
         states = student.encoder.encode(features, real)
@@ -237,6 +222,20 @@ def _loss(
     )
 
 
+def fit_student(
+    speech: Speech, targets: Path, chosen: Sequence[int], seed: int, folder: Path
+) -> None:
+    """Train a student on some clips, to ``model.safetensors``; resumes what lies in ``folder``."""
+    settings = speech.recipe.distill
+    assert settings  # only recipes with [distill] have this stage
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    student = new_classifier(speech.recipe, weights=None)
+    views = load_views(targets)
+    distill(student, views, Targets.of(speech), chosen, settings, seed=seed, folder=folder)
+    save_file(student.state_dict(), folder / "model.safetensors")
+
+
 def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None:
     """The stage: ``model.safetensors`` and ``confidence.json``.
 
@@ -244,15 +243,21 @@ def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None
         speech: Clips, split and settings.
         targets: The folder of the teacher's answers.
         seed: Of the training.
-        folder: Takes the files, and a checkpoint an epoch.
+        folder: Takes the files, and a folder of checkpoints a student.
     """
-    recipe = speech.recipe
-    assert recipe.distill  # only recipes with [distill] have this stage
-    views = load_views(targets)
-    torch.manual_seed(seed)
-    student = new_classifier(recipe, weights=None)
     train, validation = speech.where(speech.split.train), speech.where(speech.split.validation)
-    distill(student, views, Targets.of(speech), train, recipe.distill, seed=seed, folder=folder)
-    logits = window_logits(student.from_features, views, validation, "features")
+    settings = speech.recipe.distill
+    assert settings  # only recipes with [distill] have this stage
+    clips = {"choice": train, **({"refit": train + validation} if settings.refit else {})}
+    # Neither waits for the other: where there are two cores, the second student costs no time.
+    with workers() as pool:
+        for student in [
+            pool.submit(fit_student, speech, targets, chosen, seed, folder / name)
+            for name, chosen in clips.items()
+        ]:
+            student.result()
+    choice = load_classifier(speech.recipe, None, folder / "choice" / "model.safetensors")
+    logits = window_logits(choice.from_features, load_views(targets), validation, "features")
     write_confidence(speech, logits, folder)
-    save_file(student.state_dict(), folder / "model.safetensors")
+    shipped = folder / list(clips)[-1] / "model.safetensors"
+    shutil.copyfile(shipped, folder / "model.safetensors")

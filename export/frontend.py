@@ -12,23 +12,22 @@ from torch.nn import functional
 from edge_ser.errors import EdgeSerError
 
 
-def mel_filterbank(
-    bins: int, n_fft: int, rate_hz: int, low_hz: float = 0.0, high_hz: float | None = None
+def band_edges_hz(
+    bins: int, rate_hz: int, low_hz: float = 0.0, high_hz: float | None = None
 ) -> np.ndarray:
-    """Triangular filters on the Slaney mel scale, each of unit area.
+    """Where triangular mel bands begin, peak and end: band i at i, i + 1 and i + 2.
 
-    The scale is linear below 1 kHz and logarithmic above (Slaney, Auditory Toolbox, 1998); it is
-    the one that Whisper was trained with.
+    Evenly on the Slaney mel scale, which is linear below 1 kHz and logarithmic above (Auditory
+    Toolbox, 1998); it is the one that Whisper was trained with.
 
     Args:
-        bins: Number of mel bands.
-        n_fft: Length of the DFT in samples.
+        bins: Number of bands.
         rate_hz: Sampling rate in Hz.
         low_hz: Lower edge of the first band in Hz.
         high_hz: Upper edge of the last band in Hz; half the sampling rate without it.
 
     Returns:
-        float32 array ``(bins, n_fft // 2 + 1)``.
+        float64 array ``(bins + 2,)`` in Hz.
     """
     linear_hz, step_hz, log_step = 1000.0, 200.0 / 3, np.log(6.4) / 27
 
@@ -42,7 +41,25 @@ def mel_filterbank(
         above = linear_hz * np.exp(log_step * (np.maximum(mel, knee) - knee))
         return np.where(mel < knee, mel * step_hz, above)
 
-    edges_hz = to_hz(np.linspace(to_mel(low_hz), to_mel(high_hz or rate_hz / 2), bins + 2))
+    return to_hz(np.linspace(to_mel(low_hz), to_mel(high_hz or rate_hz / 2), bins + 2))
+
+
+def mel_filterbank(
+    bins: int, n_fft: int, rate_hz: int, low_hz: float = 0.0, high_hz: float | None = None
+) -> np.ndarray:
+    """Triangular filters of unit area on the Slaney mel scale, as `band_edges_hz` places them.
+
+    Args:
+        bins: Number of mel bands.
+        n_fft: Length of the DFT in samples.
+        rate_hz: Sampling rate in Hz.
+        low_hz: Lower edge of the first band in Hz.
+        high_hz: Upper edge of the last band in Hz; half the sampling rate without it.
+
+    Returns:
+        float32 array ``(bins, n_fft // 2 + 1)``.
+    """
+    edges_hz = band_edges_hz(bins, rate_hz, low_hz, high_hz)
     bins_hz = np.linspace(0, rate_hz / 2, n_fft // 2 + 1)
     lower, centre, upper = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
     rising = (bins_hz - lower) / (centre - lower)

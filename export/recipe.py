@@ -138,8 +138,11 @@ class Distill:
         balance: As in Train, for the labels.
         mixup: As in Train.
         average: As in Train.
+        warp: Largest logarithm of the factor that scales the frequency axis (see
+            `export.spectrogram.warp`).
         mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
         mask_s: Longest stretch that SpecAugment hides, in seconds.
+        refit: As in Train; both students are trained at the same time.
     """
 
     teacher: str
@@ -156,8 +159,10 @@ class Distill:
     balance: float = 0.5
     mixup: float = 0.3
     average: float = 0.999
+    warp: float = 0.15
     mask_mels: int = 12
     mask_s: float = 0.2
+    refit: bool = True
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import nn
 
-from export.distill import _loss, distill, hide, load_teacher, soft_loss, stack
+from export.distill import _loss, distill, load_teacher, soft_loss, stack
 from export.encoders.mel import MelEncoder
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier
@@ -36,44 +34,6 @@ def test_the_soft_loss_of_equal_answers_is_zero():
     logits = np.random.default_rng(0).standard_normal((6, 4))
     shifted = torch.from_numpy(logits + 5)  # logits are equal up to a constant
     assert soft_loss(shifted, log_probs(logits, 2.0), 2.0).item() == pytest.approx(0, abs=1e-12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    mels=st.integers(4, 20),
-    frames=st.integers(1, 30),
-    band=st.integers(0, 4),
-    stretch=st.integers(0, 40),
-    seed=st.integers(0, 99),
-)
-def test_one_band_and_one_stretch_are_hidden_behind_the_mean(mels, frames, band, stretch, seed):
-    rng = np.random.default_rng(seed)
-    before = torch.from_numpy(rng.standard_normal((3, mels, frames)).astype(np.float32))
-    after = hide(before.clone(), rng, band, stretch)
-    for old, new in zip(before, after, strict=True):
-        changed = old != new
-        rows, columns = changed.all(dim=1), changed.all(dim=0)
-        assert torch.equal(changed, rows[:, None] | columns)
-        assert (new[changed] == old.mean()).all()
-        if not rows.all() and not columns.all():
-            assert_together(rows, band)
-            assert_together(columns, min(stretch, frames))
-
-
-def assert_together(hidden, most):
-    where = hidden.nonzero().flatten().tolist()
-    assert len(where) <= most
-    assert where == list(range(where[0], where[0] + len(where))) if where else True
-
-
-def test_every_width_up_to_the_widest_is_hidden():
-    rng = np.random.default_rng(0)
-    features = torch.arange(400 * 6 * 9, dtype=torch.float32).reshape(400, 6, 9)
-    changed = hide(features.clone(), rng, 2, 3) != features
-    assert set(changed.all(dim=2).sum(dim=1).tolist()) == {0, 1, 2}
-    assert set(changed.all(dim=1).sum(dim=1).tolist()) == {0, 1, 2, 3}
-    assert changed.all(dim=2).any(dim=0).all()
-    assert changed.all(dim=1).any(dim=0).all()
 
 
 def test_arrays_are_stacked_on_zeros_and_the_mask_says_where():
