@@ -64,10 +64,15 @@ def _load(row: Row) -> list[str]:
 def _cold(cold: Row) -> list[list[str]]:
     if reason := _reason(cold):
         return [["cold start", *reason]]
-    ratios = (f"{cold['ratio']:.2f}x", "1")
+    rows = zip(cold["stats"].items(), cold["ratios"], strict=True)
     return [
-        [f"`{command}`", _ms(stats["p50_ms"]), ratio, str(len(cold["samples_ms"][command]))]
-        for (command, stats), ratio in zip(cold["stats"].items(), ratios, strict=True)
+        [
+            f"`{command}`",
+            _ms(stats["p50_ms"]),
+            f"{ratio:.2f}x",
+            str(len(cold["samples_ms"][command])),
+        ]
+        for (command, stats), ratio in rows
     ]
 
 

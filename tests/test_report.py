@@ -26,7 +26,7 @@ def result():
     cold = {
         "samples_ms": {"predict": [1.0] * 5, "import": [1.0] * 5},
         "stats": {"predict": {"p50_ms": 300.0}, "import": {"p50_ms": 200.0}},
-        "ratio": 1.5,
+        "ratios": [1.5, 1.0],
     }
     return {
         "schema": 1, "benchmark": "latency", "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
@@ -70,7 +70,7 @@ def test_the_markdown_is_exactly_this(result):
         "| command | p50 ms | ratio | runs |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| `predict` | 300 | 1.50x | 5 |\n"
-        "| `import` | 200 | 1 | 5 |\n"
+        "| `import` | 200 | 1.00x | 5 |\n"
         "\n"
         "| system | graph | SHA-256 of the graph | SHA-256 of metadata.json |\n"
         "| --- | ---: | ---: | ---: |\n"
