@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except EdgeSerError as exc:
         _complain(str(exc), args.debug)
-    except BrokenPipeError:  # the reader, `head` for one, has enough
+    except OSError as exc:  # of stdout: those of files are ours by now
+        if not isinstance(exc, BrokenPipeError):  # the reader, `head` for one, has enough
+            line = f"the output cannot be written ({exc.strerror}); send it elsewhere"
+            _complain(line, args.debug)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130

@@ -189,6 +189,16 @@ def test_a_reader_that_has_enough_is_no_error(bundle):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(bundle):
+    command = [sys.executable, "-m", "edge_ser", "info", "--bundle", bundle]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE)
+    line = b"edge-ser: the output cannot be written (No space left on device); send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 # info, verify, bench
 
 
