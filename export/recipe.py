@@ -167,10 +167,17 @@ class Distill:
 
 @dataclass(frozen=True)
 class Folds:
-    """Out-of-fold scoring in place of a bundle: number of folds and the seed that deals them."""
+    """Out-of-fold scoring in place of a bundle.
+
+    Attributes:
+        k: Number of folds.
+        seed: Deals the speakers into them.
+        members: Heads a fold, trained with different seeds, whose probs are averaged.
+    """
 
     k: int
     seed: int = 0
+    members: int = 1
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ learning_rate = 5e-3
 average = 0.9
 [folds]
 k = 3
+members = 2
 """
 
 
@@ -251,6 +252,18 @@ def test_the_student_names_its_teacher(home):
     assert metadata.encoder["family"] == "mel"
 
 
+def test_the_student_that_has_heard_everybody_is_shipped(home, copy):
+    def weights(place, name=""):
+        train = place / "out" / "student" / "seed0" / "train"
+        return (train / name / "model.safetensors").read_bytes()
+
+    assert weights(home) == weights(home, "refit") != weights(home, "choice")
+    change(copy, "student", "cpu_minutes = 0.08", "cpu_minutes = 0.01\nrefit = false")
+    assert main(arguments(copy, "student", "--only", "train")) == 0
+    assert weights(copy) == weights(copy, "choice")
+    assert not (copy / "out" / "student" / "seed0" / "train" / "refit").exists()
+
+
 def test_seeds_differ_and_are_summed_up(home):
     weights = [
         (home / "out" / "student" / f"seed{n}" / "train" / "model.safetensors").read_bytes()
@@ -371,7 +384,7 @@ def test_no_process_outlives_a_killed_run(copy):
     process = started(copy, "student", "--seeds", "0,1")
     home = copy / "out" / "student"
     try:
-        wait_for(lambda: any(home.glob("seed*/train.partial/checkpoint.pt")), process)
+        wait_for(lambda: any(home.glob("seed*/train.partial/refit/checkpoint.pt")), process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         for _ in range(100):
@@ -388,7 +401,7 @@ def test_no_process_outlives_a_killed_run(copy):
 def test_folds_score_head_and_probe_on_the_same_clips(copy):
     assert main(arguments(copy, "folded")) == 0
     found = json.loads((copy / "out" / "folded" / "seed0" / "folds" / "folds.json").read_text())
-    assert found["folds"] == {"k": 3, "seed": 0}
+    assert found["folds"] == {"k": 3, "seed": 0, "members": 2}
     for system in found["systems"].values():
         assert system["pooled"]["clips"] == 7 * 6
         assert system["pooled"]["ua"]["value"] > 0.9
