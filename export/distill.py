@@ -19,13 +19,12 @@ from export.model import Classifier, load_classifier, new_classifier
 from export.recipe import Distill, Recipe
 from export.spectrogram import hide, warp
 from export.speech import Speech
+from export.targets import Targets, masked_cross_entropy
 from export.train import (
     CHECKPOINT,
-    Targets,
     WeightAverage,
     bucketed,
     fast_bfloat16,
-    masked_cross_entropy,
     one_cycle,
     save_checkpoint,
     window_logits,

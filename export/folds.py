@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from export.baselines import linear_probe, state_statistics
@@ -25,7 +24,7 @@ def make_folds(speech: Speech, features: Path, seed: int, folder: Path) -> None:
         speech: The clips; all of them are held out once.
         features: The folder of the encoder's views.
         seed: Of the training.
-        folder: Takes the file, and a folder of checkpoints a head.
+        folder: Takes the file, and a folder of checkpoints a fold.
     """
     settings = speech.recipe.folds
     assert settings  # only recipes with [folds] have this stage
@@ -33,14 +32,9 @@ def make_folds(speech: Speech, features: Path, seed: int, folder: Path) -> None:
     statistics = state_statistics(views, speech.clips)
 
     def by_head(train: tuple[Clip, ...], held_out: tuple[Clip, ...]) -> Floats:
-        found = []
-        for member in range(settings.members):
-            # No seed of one run is another's.
-            own = seed * settings.members + member
-            part = folder / f"without-{held_out[0].speaker_key.replace('/', '-')}-{own}"
-            head = fit_head(speech, views, speech.where(train), own, part)
-            found.append(clip_probs(window_logits(head, views, speech.where(held_out))))
-        return np.mean(found, axis=0)
+        part = folder / f"without-{held_out[0].speaker_key.replace('/', '-')}"
+        head = fit_head(speech, views, speech.where(train), seed, part)
+        return clip_probs(window_logits(head, views, speech.where(held_out)))
 
     def by_probe(train: tuple[Clip, ...], held_out: tuple[Clip, ...]) -> Floats:
         return linear_probe(statistics, speech.labels, train, held_out).scores

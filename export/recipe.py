@@ -101,6 +101,8 @@ class Train:
         mixup: Parameter of the Beta distribution that two clips of a batch are mixed by; 0 is off.
         average: Decay of the moving average of the weights, which is what is kept.
         clean: Probability that an epoch uses a clip as recorded rather than an augmented view.
+        ridge: Penalty of a ridge regression that is added to the probe of the trained head (see
+            `export.ridge`); 0 adds none.
         refit: Train once more on train and validation together, with the same settings, when the
             choices are made; that head is shipped.
     """
@@ -115,6 +117,7 @@ class Train:
     mixup: float = 0.3
     average: float = 0.99
     clean: float = 0.4
+    ridge: float = 0.0
     refit: bool = True
 
 
@@ -172,12 +175,10 @@ class Folds:
     Attributes:
         k: Number of folds.
         seed: Deals the speakers into them.
-        members: Heads a fold, trained with different seeds, whose probs are averaged.
     """
 
     k: int
     seed: int = 0
-    members: int = 1
 
 
 @dataclass(frozen=True)

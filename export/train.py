@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,55 +9,19 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from export.confidence import write_confidence
 from export.heads import CnnHead
 from export.model import new_head
 from export.recipe import Train
+from export.ridge import add_ridge
 from export.speech import Speech
+from export.targets import Targets, masked_cross_entropy, smoothed
 from export.views import View, load_views
 
 CHECKPOINT = "checkpoint.pt"
 SHORTEST = 10  # frames of 40 ms: the runtime refuses less than 0.4 s
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the clips are, as tensors.
-
-    Attributes:
-        label: int64 ``(N,)``.
-        mask: The labels that the clip's corpus has, bool ``(N, C)``.
-        group: Number of the clip's corpus and label, int64 ``(N,)``.
-    """
-
-    label: Tensor
-    mask: Tensor
-    group: Tensor
-
-    @classmethod
-    def of(cls, speech: Speech) -> "Targets":
-        """Read them off all clips of a recipe."""
-        masks = np.stack([speech.masks[clip.corpus] for clip in speech.clips])
-        labels = [speech.labels.index(clip.emotion) for clip in speech.clips]
-        pairs = [(clip.corpus, clip.emotion) for clip in speech.clips]
-        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        groups = torch.tensor([numbers[pair] for pair in pairs])
-        return cls(torch.tensor(labels), torch.from_numpy(masks), groups)
-
-    def weights(self, chosen: Sequence[int], balance: float) -> Tensor:
-        """Return the weight of every clip in the loss, ``(N,)``.
-
-        Args:
-            chosen: The clips to train on; their weights have mean 1.
-            balance: 0 weighs clips alike, 1 weighs every label of every corpus alike; between, the
-                weight is the number of such clips to the power of ``-balance``.
-        """
-        counts = torch.bincount(self.group[list(chosen)], minlength=int(self.group.max()) + 1)
-        weights = counts.clamp(min=1)[self.group].double() ** -balance
-        return (weights / weights[list(chosen)].mean()).float()
 
 
 def one_cycle(progress: float, rise: float = 0.05) -> float:
@@ -66,20 +29,6 @@ def one_cycle(progress: float, rise: float = 0.05) -> float:
     if progress < rise:
         return max(progress, 1e-3) / rise
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - rise) / (1 - rise))))
-
-
-def smoothed(label: Tensor, mask: Tensor, smoothing: float) -> Tensor:
-    """Return target probs ``(N, C)``: the label, smoothed over the labels of its corpus."""
-    one_hot = functional.one_hot(label, mask.shape[1]).float()
-    return one_hot * (1 - smoothing) + smoothing * mask / mask.sum(dim=1, keepdim=True)
-
-
-def masked_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the labels that each clip's corpus has.
-
-    Corpora that lack a label say nothing about it: its logit gets no gradient from their clips.
-    """
-    return -(target * logits.masked_fill(~mask, -1e4).log_softmax(dim=1)).sum(dim=1).mean()
 
 
 class WeightAverage:
@@ -256,6 +205,12 @@ def fit_head(
     head = new_head(speech.recipe, states, dim)
     targets = Targets.of(speech)
     train_head(head, views, targets, chosen, settings, seed=seed, folder=folder)
+    if settings.ridge:
+        factor = add_ridge(
+            head, views, speech.clips, targets, chosen,
+            alpha=settings.ridge, balance=settings.balance,
+        )  # fmt: skip
+        tqdm.write(f"ridge: added to the probe, times {factor:.1f}")
     return head
 
 

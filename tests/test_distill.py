@@ -12,7 +12,8 @@ from export.encoders.mel import MelEncoder
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier
 from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
-from export.train import CHECKPOINT, Targets
+from export.targets import Targets
+from export.train import CHECKPOINT
 from export.views import View
 from tests.speech_corpus import LABELS, RESONANCES_HZ, make_whisper, voice
 

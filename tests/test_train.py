@@ -8,15 +8,13 @@ from torch.nn import functional
 
 from export.heads import CnnHead
 from export.recipe import Train
+from export.targets import Targets, masked_cross_entropy, smoothed
 from export.train import (
     CHECKPOINT,
-    Targets,
     WeightAverage,
     bucketed,
-    masked_cross_entropy,
     one_cycle,
     pad,
-    smoothed,
     train_head,
     window_logits,
 )
