@@ -102,10 +102,10 @@ epochs = 15
 views = 0
 batch = 8
 learning_rate = 5e-3
+ridge = 100
 average = 0.9
 [folds]
 k = 3
-members = 2
 """
 
 
@@ -401,7 +401,7 @@ def test_no_process_outlives_a_killed_run(copy):
 def test_folds_score_head_and_probe_on_the_same_clips(copy):
     assert main(arguments(copy, "folded")) == 0
     found = json.loads((copy / "out" / "folded" / "seed0" / "folds" / "folds.json").read_text())
-    assert found["folds"] == {"k": 3, "seed": 0, "members": 2}
+    assert found["folds"] == {"k": 3, "seed": 0}
     for system in found["systems"].values():
         assert system["pooled"]["clips"] == 7 * 6
         assert system["pooled"]["ua"]["value"] > 0.9

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from export.errors import CorpusError
+from export.heads import CnnHead, statistics
+from export.ridge import SHARPEST, add_ridge, solve
+from export.targets import Targets
+from export.views import View
+from tests.test_splits import clip
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(3, 20),
+    columns=st.integers(1, 12),
+    alpha=st.sampled_from([0.1, 3.0, 1000.0]),
+    scale=st.sampled_from([1.0, 7.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_closed_form_is_that_of_scikit_learn(rows, columns, alpha, scale, seed):
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((rows, columns)) * rng.uniform(0.1, 9, columns) + 5
+    target = rng.standard_normal((rows, 3))
+    weights = rng.uniform(0.2, 3, rows)
+    weights /= weights.mean()
+    scaler = StandardScaler()
+    model = Ridge(alpha).fit(scaler.fit_transform(inputs), target, weights)
+    asked = rng.standard_normal((4, columns))
+    # Only the ratios of weights count.
+    given_ = (torch.from_numpy(part) for part in (inputs, target, scale * weights))
+    weight, bias = solve(*given_, alpha)
+    found = asked @ weight.numpy().T + bias.numpy()
+    np.testing.assert_allclose(found, model.predict(scaler.transform(asked)), atol=1e-7)
+
+
+def toy(speakers=6, noise=1.0):
+    """Return a head, views whose mean tells the label, their clips and their targets."""
+    rng = np.random.default_rng(0)
+    views, clips = [], []
+    for number in range(24):
+        states = rng.standard_normal((2, 12, 8)).astype(np.float32) * noise
+        states[:, :, number % 3] += 1
+        views.append(View(number, 0, {"states": states.astype(np.float16)}))
+        views.append(View(number, 1, {"states": np.full((2, 12, 8), np.nan, np.float16)}))
+        clips.append(clip("ravdess", f"s{number // 3 % speakers}", number=number))
+    label = torch.arange(24) % 3
+    torch.manual_seed(0)
+    head = CnnHead(2, 8, 3, width=4).eval()
+    return head, views, clips, Targets(label, torch.ones(24, 3, dtype=torch.bool), group=label)
+
+
+def answers(head, views):
+    states = [torch.from_numpy(v.arrays["states"]).float()[None] for v in views if not v.number]
+    with torch.no_grad():
+        return (
+            torch.cat([head(one)[0] for one in states]),
+            torch.cat([head.probe_norm(statistics(head.mix(one))) for one in states]).double(),
+        )
+
+
+def test_what_is_added_is_the_ridge_regression_times_the_factor():
+    head, views, clips, targets = toy()
+    before, inputs = answers(head, views)
+    chosen = range(18)
+    factor = add_ridge(head, views, clips, targets, chosen, alpha=5.0, balance=1.0)
+    assert 0 < factor < SHARPEST
+    one_hot = torch.eye(3, dtype=torch.float64)[targets.label[:18]]
+    weight, bias = solve(inputs[:18], one_hot, torch.ones(18).double(), 5.0)
+    added = answers(head, views)[0] - before
+    np.testing.assert_allclose(added, factor * (inputs @ weight.T + bias), atol=1e-5)
+    right = (inputs[18:] @ weight.T + bias).argmax(dim=1) == targets.label[18:]
+    assert right.float().mean() > 0.8
+
+
+def test_answers_are_as_sharp_as_they_are_right_about_other_speakers():
+    def factor(noise):
+        head, views, clips, targets = toy(noise=noise)
+        return add_ridge(head, views, clips, targets, range(24), alpha=5.0, balance=0.0)
+
+    assert factor(0.3) > 2 * factor(2.0)
+
+
+def test_one_speaker_cannot_be_held_out():
+    head, views, clips, targets = toy(speakers=1)
+    with pytest.raises(CorpusError, match="folds, allowed are 2 to 1, the number of speakers"):
+        add_ridge(head, views, clips, targets, range(24), alpha=5.0, balance=0.0)
