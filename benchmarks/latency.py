@@ -188,10 +188,11 @@ def _first_moments(system: System, window_s: float, threads: int) -> Row:
 def _cold_starts(runs: int) -> Row:
     """Time whole processes in turns: the imports that none can avoid, and first predictions."""
     clip = sample_paths()[0]
+    script = "from edge_ser.cli import program; program()"  # what pip installs as edge-ser
     commands = {
         'python -c "import numpy, onnxruntime"': ["-c", "import numpy, onnxruntime"],
-        f"edge-ser predict {clip.name}": ["-m", "edge_ser", "predict", str(clip)],
-        "edge-ser predict --sample": ["-m", "edge_ser", "predict", "--sample"],
+        f"edge-ser predict {clip.name}": ["-c", script, "predict", str(clip)],
+        "edge-ser predict --sample": ["-c", script, "predict", "--sample"],
     }
     # Bytecode is kept, as pip keeps it, also where the environment says otherwise.
     run = partial(
