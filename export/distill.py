@@ -14,9 +14,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.confidence import write_confidence
-from export.encoders.mel import CentredLogMel, frames_of
+from export.encoders import load_encoder
+from export.encoders.mel import frames_of
 from export.model import Classifier, load_classifier, new_classifier
-from export.recipe import Distill, Recipe
+from export.recipe import Distill, EncoderChoice, Recipe
 from export.spectrogram import hide, warp
 from export.speech import Speech
 from export.targets import Targets, masked_cross_entropy
@@ -33,17 +34,19 @@ from export.views import Arrays, Compute, Samples, View, load_views
 from export.workers import workers
 
 
-def load_teacher(recipe: Recipe, weights: Path | None, trained: Path, mels: int) -> Compute:
+def load_teacher(
+    recipe: Recipe, weights: Path | None, trained: Path, student: EncoderChoice
+) -> Compute:
     """Return what computes the student's features of a window, and its teacher's answers.
 
     Args:
         recipe: The teacher's.
         weights: Folder of pretrained checkpoints.
         trained: The teacher's ``model.safetensors``.
-        mels: Mel bands of the student.
+        student: The student's encoder.
     """
     teacher = load_classifier(recipe, weights, trained)
-    front_end = CentredLogMel(mels)
+    stem = load_encoder(student, weights, recipe.windows.window_s).stem
 
     @torch.no_grad()
     def answer(samples: Samples) -> Arrays:
@@ -52,7 +55,7 @@ def load_teacher(recipe: Recipe, weights: Path | None, trained: Path, mels: int)
         logits, embedding = teacher.head(states)
         frames = teacher.head.convolve(teacher.head.mix(states))
         return {
-            "features": front_end(window)[0].numpy().astype(np.float16),  # (mels, F at 100 Hz)
+            "features": stem.features(window)[0].numpy().astype(np.float16),  # (mels, F at 100 Hz)
             "frames": frames[0].numpy().astype(np.float16),  # (D, F at 25 Hz)
             "logits": logits[0].numpy(),
             "embedding": embedding[0].numpy(),
@@ -222,24 +225,32 @@ def _loss(
 
 
 def fit_student(
-    speech: Speech, targets: Path, chosen: Sequence[int], seed: int, folder: Path
+    speech: Speech,
+    weights: Path | None,
+    targets: Path,
+    chosen: Sequence[int],
+    seed: int,
+    folder: Path,
 ) -> None:
     """Train a student on some clips, to ``model.safetensors``; resumes what lies in ``folder``."""
     settings = speech.recipe.distill
     assert settings  # only recipes with [distill] have this stage
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
-    student = new_classifier(speech.recipe, weights=None)
+    student = new_classifier(speech.recipe, weights)
     views = load_views(targets)
     distill(student, views, Targets.of(speech), chosen, settings, seed=seed, folder=folder)
     save_file(student.state_dict(), folder / "model.safetensors")
 
 
-def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None:
+def make_student(
+    speech: Speech, weights: Path | None, targets: Path, seed: int, folder: Path
+) -> None:
     """The stage: ``model.safetensors`` and ``confidence.json``.
 
     Args:
         speech: Clips, split and settings.
+        weights: Folder of pretrained checkpoints.
         targets: The folder of the teacher's answers.
         seed: Of the training.
         folder: Takes the files, and a folder of checkpoints a student.
@@ -251,11 +262,11 @@ def make_student(speech: Speech, targets: Path, seed: int, folder: Path) -> None
     # Neither waits for the other: where there are two cores, the second student costs no time.
     with workers() as pool:
         for student in [
-            pool.submit(fit_student, speech, targets, chosen, seed, folder / name)
+            pool.submit(fit_student, speech, weights, targets, chosen, seed, folder / name)
             for name, chosen in clips.items()
         ]:
             student.result()
-    choice = load_classifier(speech.recipe, None, folder / "choice" / "model.safetensors")
+    choice = load_classifier(speech.recipe, weights, folder / "choice" / "model.safetensors")
     logits = window_logits(choice.from_features, load_views(targets), validation, "features")
     write_confidence(speech, logits, folder)
     shipped = folder / list(clips)[-1] / "model.safetensors"

@@ -62,7 +62,7 @@ def float_nodes(graph: onnx.GraphProto) -> list[str]:
     the logits, and cost nothing.
     """
     constants = {tensor.name for tensor in graph.initializer}
-    front_end = {name for name in constants if name.startswith("encoder.mel.")}
+    front_end = {name for name in constants if ".mel." in name}
     producers = {output: node for node in graph.node for output in node.output}
     kept = [
         node.name

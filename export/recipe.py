@@ -62,20 +62,19 @@ class EncoderChoice:
     """Which encoder.
 
     Attributes:
-        family: "whisper" (pretrained, frozen) or "mel" (trained from scratch).
-        source: For whisper: a folder under ``--weights`` or a hub id.
+        family: "whisper" (frozen) or "mel" (Whisper's two convolutions, frozen, and a student
+            behind them).
+        source: Checkpoint of Whisper: a folder under ``--weights`` or a hub id.
         layers: Transformer layers kept (whisper) or residual blocks (mel).
         states: How many hidden states of whisper the head weighs, the uppermost.
-        width: Channels of a mel encoder.
-        mels: Mel bands of a mel encoder.
+        width: Channels of the student's blocks.
     """
 
     family: str
     layers: int
-    source: str = ""
+    source: str
     states: int = 3
-    width: int = 384
-    mels: int = 64
+    width: int = 256
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,8 @@ class Run:
         speech, recipe = self.speech, self.recipe
         if recipe.distill:
             teacher, trained = self._teacher()
-            mels = recipe.encoder.mels
-            load = partial(load_teacher, teacher, self.weights, trained, mels)
-            reads = {"teacher": fingerprint([trained]), "mels": mels}
+            load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder)
+            reads = {"teacher": fingerprint([trained]), "pretrained": self._pretrained()}
             return [self._views("targets", recipe.distill.views, reads, load)]
         assert recipe.train  # a recipe has either [train] or [distill]
         load = partial(encode_states, recipe.encoder, self.weights, recipe.windows.window_s)
@@ -155,12 +154,16 @@ class Run:
             make = partial(make_folds, speech, cache, seed)
             reads = {**settings, "seed": seed}
             return [Stage("folds", self.folder / "folds", cache.name, reads, make)]
-        learn = make_student if recipe.distill else make_head
+        learn = (
+            partial(make_student, speech, self.weights)
+            if recipe.distill
+            else partial(make_head, speech)
+        )
         folders = {
             name: self.folder / name for name in ("train", "graph", "quantize", "certify", "bundle")
         }
         makes: dict[str, Callable[[Path], None]] = {
-            "train": partial(learn, speech, cache, seed),
+            "train": partial(learn, cache, seed),
             "graph": partial(make_graph, speech, self.weights, folders["train"]),
             "quantize": partial(make_int8, speech, folders["graph"]),
             "certify": self._certify,

@@ -8,7 +8,9 @@ from scipy.stats import entropy
 from torch import nn
 
 from export.distill import _loss, distill, load_teacher, soft_loss, stack
+from export.encoders import load_encoder
 from export.encoders.mel import MelEncoder
+from export.encoders.whisper import WhisperStem
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier
 from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
@@ -61,13 +63,15 @@ def test_a_teacher_answers_as_its_network_does(tmp_path):
     torch.manual_seed(0)
     save_file(CnnHead(3, 32, 3, width=8).state_dict(), tmp_path / "model.safetensors")
     samples = voice(1000.0, 120.0, 0.8, 0) * 9  # beyond 1.0, as a gain can make it
-    found = load_teacher(teacher, tmp_path, tmp_path / "model.safetensors", mels=16)(samples)
-    network = load_classifier(teacher, tmp_path, tmp_path / "model.safetensors")
+    trained = tmp_path / "model.safetensors"
+    student = EncoderChoice("mel", 1, "small", width=8)
+    found = load_teacher(teacher, tmp_path, trained, student)(samples)
+    network = load_classifier(teacher, tmp_path, trained)
     pooled = []
     network.head.pool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
     with torch.no_grad():
         logits, embedding = network(torch.from_numpy(samples)[None])
-        features = MelEncoder(16, 8, 1).mel(torch.from_numpy(samples)[None])
+        features = load_encoder(student, tmp_path, 1.0).stem.features(torch.from_numpy(samples)[None])
     np.testing.assert_array_equal(found["logits"], logits[0])
     np.testing.assert_array_equal(found["embedding"], embedding[0])
     np.testing.assert_array_equal(found["frames"], pooled[0][0].numpy().astype(np.float16))
@@ -78,7 +82,7 @@ def toy(clips=36):
     """Return voices, what a sure teacher says of them, and their labels."""
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((3, 8)).astype(np.float32)
-    views, front_end = [], MelEncoder(16, 8, 1).mel
+    views, front_end = [], WhisperStem(16, 8).features
     for clip in range(clips):
         label = clip % 3
         samples = voice(RESONANCES_HZ[LABELS[label]], rng.uniform(90, 220), 0.5, clip)
@@ -95,7 +99,7 @@ def toy(clips=36):
 
 def new_student():
     torch.manual_seed(0)
-    return Classifier(MelEncoder(16, 16, 1), CnnHead(1, 16, 3, width=8))
+    return Classifier(MelEncoder(WhisperStem(16, 8), 16, 1), CnnHead(1, 16, 3, width=8))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.encoders.mel import MelEncoder
-from export.encoders.whisper import load_whisper
+from export.encoders.whisper import WhisperStem, load_whisper
 from export.errors import CertificateError
 from export.graph import OPSET, PARITY, check_parity, export_graph
 from export.heads import CnnHead
@@ -23,7 +23,7 @@ def whisper(folder):
 
 
 def mel(_):
-    return MelEncoder(16, 16, 2)
+    return MelEncoder(WhisperStem(16, 8), 16, 2)
 
 
 @pytest.fixture(scope="module", params=[whisper, mel], ids=["whisper", "mel"])

@@ -36,6 +36,7 @@ window_s = 3.0
 hop_s = 1.5
 [encoder]
 family = "whisper"
+source = "small"
 layers = 3
 [train]
 epochs = 20
@@ -67,7 +68,7 @@ def test_what_a_recipe_leaves_out_has_its_default(tmp_path):
         name="small",
         data=Data(("emodb",), ("anger", "fear"), {}, (), 256),
         windows=Windows(3.0, 1.5),
-        encoder=EncoderChoice("whisper", 3),
+        encoder=EncoderChoice("whisper", 3, "small", 3, 256),
         head=HeadChoice(256, 0.2),
         augmentation=Augmentation(),
         train=Train(20),

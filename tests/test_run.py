@@ -68,9 +68,9 @@ window_s = 1.0
 hop_s = 0.5
 [encoder]
 family = "mel"
+source = "small"
 layers = 1
 width = 32
-mels = 32
 [head]
 width = 16
 dropout = 0.1

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from export.encoders.mel import MelEncoder
-from export.encoders.whisper import load_whisper
+from export.encoders.whisper import load_stem, load_whisper
 from export.recipe import EncoderChoice
 from export.views import Arrays, Compute, Samples
 
@@ -17,7 +17,7 @@ __all__ = ["encode_states", "load_encoder"]
 
 
 def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -> nn.Module:
-    """Build the encoder that a recipe names, pretrained where its family is.
+    """Build the encoder that a recipe names, filled from its checkpoint.
 
     Args:
         choice: The recipe's choice.
@@ -27,10 +27,10 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
     Raises:
         RecipeError: The checkpoint does not fit the choice.
     """
-    if choice.family == "mel":
-        return MelEncoder(choice.mels, choice.width, choice.layers)
     local = weights / choice.source if weights else None
     source = str(local) if local and local.is_dir() else choice.source
+    if choice.family == "mel":
+        return MelEncoder(load_stem(source), choice.width, choice.layers)
     return load_whisper(source, choice.layers, window_s, choice.states)
 
 

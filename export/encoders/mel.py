@@ -1,4 +1,8 @@
-"""A small student: log-mel, two strided convolutions down to 25 Hz, dense residual blocks.
+"""A small student: the two convolutions that Whisper begins with, then dense residual blocks.
+
+The pretrained convolutions stay as they are. They were trained on 680 000 hours of speech, the
+student hears some fifty speakers: what it learns behind them holds for other speakers far better
+than what it learns from log-mel alone (README, "What it scores").
 
 Dense convolutions over time, because they gain most from INT8; depthwise ones hardly gain at all.
 Batch normalization, because it trains fastest and is folded into the convolutions afterwards.
@@ -8,20 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.frontend import LogMel
-
-
-class CentredLogMel(LogMel):
-    """Log-mel whose bands have mean 0 over the window (cepstral mean subtraction, Atal 1974).
-
-    What stays the same all the time, a microphone, a room or a level, is no emotion; a network
-    that learns from a few thousand clips is spared from finding that out.
-    """
-
-    def forward(self, samples: Tensor) -> Tensor:
-        """Float32 samples ``(N, T)`` to ``(N, bins, T // hop)``; 1 is 40 dB."""
-        features = super().forward(samples) / 4
-        return features - features.mean(dim=2, keepdim=True)
+from export.encoders.whisper import WhisperStem
 
 
 class ResidualBlock(nn.Module):
@@ -47,7 +38,7 @@ class MelEncoder(nn.Module):
     """Samples to one hidden state at 25 frames a second.
 
     Args:
-        mels: Mel bands.
+        stem: Pretrained; it is not trained further.
         width: Channels ``D``.
         layers: Residual blocks; their dilations are 1, 2, 4, 8, 1, ...
         dropout: Share of channels dropped in training.
@@ -56,12 +47,12 @@ class MelEncoder(nn.Module):
     frame_rate_hz = 25.0
     states = 1
 
-    def __init__(self, mels: int, width: int, layers: int, dropout: float = 0.1) -> None:
+    def __init__(self, stem: WhisperStem, width: int, layers: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.dim = width
-        self.mel = CentredLogMel(mels)
-        self.halve = normed_conv(mels, width // 2, 5, stride=2, padding=2)
-        self.quarter = normed_conv(width // 2, width, 5, stride=2, padding=2)
+        self.stem = stem.requires_grad_(False)
+        self.even = nn.BatchNorm1d(stem.dim)
+        self.halve = normed_conv(stem.dim, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(
             ResidualBlock(width, 2 ** (n % 4), dropout) for n in range(layers)
         )
@@ -69,17 +60,18 @@ class MelEncoder(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, 1, F, D)``."""
-        return self.encode(self.mel(samples))
+        return self.encode(self.stem.features(samples))
 
     def encode(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-mel to hidden states.
 
         Args:
-            features: As `CentredLogMel` gives them, ``(N, mels, F at 100 Hz)``.
+            features: As the stem gives them, ``(N, mels, F at 100 Hz)``.
             mask: Bool ``(N, 1, F at 25 Hz)``, true on real frames; none when nothing is padded.
         """
-        frames = functional.gelu(self.halve(features))
-        frames = functional.gelu(self.quarter(frames))  # (N, D, F at 25 Hz)
+        # A few of the stem's channels are far louder than the others.
+        frames = self.even(self.stem.convolve(features).transpose(1, 2))  # (N, dim, F at 50 Hz)
+        frames = functional.gelu(self.halve(frames))  # (N, D, F at 25 Hz)
         for block in self.blocks:
             frames = block(frames, mask)
         return torch.unsqueeze(self.norm(frames.transpose(1, 2)), 1)  # (N, 1, F, D)

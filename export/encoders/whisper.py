@@ -5,6 +5,7 @@ parameter names are the checkpoint's, and a test holds the numbers against trans
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -107,7 +108,32 @@ def halved(frames: Tensor) -> Tensor:
     return frames[:, :even].unflatten(1, (-1, 2)).mean(dim=2)
 
 
-class WhisperEncoder(nn.Module):
+class WhisperStem(nn.Module):
+    """Where Whisper begins: log-mel and two convolutions, to frames at 50 Hz.
+
+    Args:
+        mels: Mel bands.
+        dim: Channels ``D`` of both convolutions, and of all that follows them in Whisper.
+    """
+
+    def __init__(self, mels: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mel = LogMel(mels)
+        self.conv1 = Neighbours(mels, dim, stride=1)
+        self.conv2 = Neighbours(dim, dim, stride=2)
+
+    def features(self, samples: Tensor) -> Tensor:
+        """Float32 samples ``(N, T)`` at 16 kHz to log-mel ``(N, mels, F at 100 Hz)``, as trained."""
+        return (self.mel(samples) + 4) / 4
+
+    def convolve(self, features: Tensor) -> Tensor:
+        """Log-mel ``(N, mels, F)`` to ``(N, ceil(F / 2), D)``."""
+        hidden = functional.gelu(self.conv1(features.transpose(1, 2)))  # (N, F at 100 Hz, D)
+        return functional.gelu(self.conv2(hidden))  # (N, F at 50 Hz, D)
+
+
+class WhisperEncoder(WhisperStem):
     """Samples to the hidden states of Whisper's lowest layers, at 25 frames a second.
 
     Args:
@@ -119,14 +145,12 @@ class WhisperEncoder(nn.Module):
 
     Attributes:
         states: As given.
-        dim: Width ``D`` of a hidden state.
     """
 
     frame_rate_hz = 25.0
 
     def __init__(self, config: dict, layers: int, window_s: float, states: int) -> None:
-        super().__init__()
-        self.dim: int = config["d_model"]
+        super().__init__(config["num_mel_bins"], config["d_model"])
         self.states = states
         # The strided convolution rounds up: 101 frames at 100 Hz are 51 at 50 Hz.
         positions = (round(window_s * 16000) // 160 + 1) // 2
@@ -138,9 +162,6 @@ class WhisperEncoder(nn.Module):
             raise RecipeError(f"states = {states}: {layers} layers have 1 to {layers + 1} states")
         if positions > config["max_source_positions"]:
             raise RecipeError(f"window_s = {window_s}: Whisper hears at most 30 s; shorten it")
-        self.mel = LogMel(config["num_mel_bins"])
-        self.conv1 = Neighbours(config["num_mel_bins"], self.dim, stride=1)
-        self.conv2 = Neighbours(self.dim, self.dim, stride=2)
         self.embed_positions = nn.Embedding(positions, self.dim)
         self.layers = nn.ModuleList(
             Layer(self.dim, config["encoder_attention_heads"], config["encoder_ffn_dim"])
@@ -149,9 +170,7 @@ class WhisperEncoder(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, S, F, D)`` at 25 Hz."""
-        mel = (self.mel(samples) + 4) / 4
-        hidden = functional.gelu(self.conv1(mel.transpose(1, 2)))  # (N, F at 100 Hz, D)
-        hidden = functional.gelu(self.conv2(hidden))  # (N, F at 50 Hz, D)
+        hidden = self.convolve(self.features(samples))
         hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
         states = [hidden]
         for layer in self.layers[:-1]:
@@ -160,21 +179,17 @@ class WhisperEncoder(nn.Module):
         return torch.stack(pairs[-self.states :], dim=1)  # (N, S, F, D)
 
 
-def load_whisper(source: str, layers: int, window_s: float, states: int) -> WhisperEncoder:
-    """Build the encoder and fill it from a checkpoint, every tensor accounted for.
+def read_checkpoint(source: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read a checkpoint of Whisper.
 
     Args:
         source: A folder with ``config.json`` and ``model.safetensors``, or a hub id.
-        layers: How many transformer layers are kept; the others are left out.
-        window_s: Longest input in seconds.
-        states: How many of the uppermost hidden states are returned.
 
     Returns:
-        The encoder, in evaluation mode.
+        The configuration, and the tensors of the encoder by their names in `WhisperEncoder`.
 
     Raises:
-        RecipeError: The checkpoint cannot be read, lacks a tensor, or holds one that the encoder
-            has no place for.
+        RecipeError: The checkpoint cannot be read.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -194,26 +209,70 @@ def load_whisper(source: str, layers: int, window_s: float, states: int) -> Whis
             f"checkpoint {str(folder)!r} cannot be read ({exc}); it needs config.json and "
             "model.safetensors"
         ) from exc
-    encoder = WhisperEncoder(config, layers, window_s, states)
-    prefix = "model.encoder."
     tensors = {
-        name.removeprefix(prefix): tensor.float()
+        name.removeprefix("model.encoder."): tensor.float()
         for name, tensor in stored.items()
         if not name.startswith("model.decoder.")
     }
-    kept = encoder.state_dict()
-    left_out = ("layer_norm.", *(f"layers.{n}." for n in range(layers, 100)))
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
-    missing = {name for name in kept if not name.startswith("mel.")} - tensors.keys()
-    unexpected = tensors.keys() - kept.keys()
+    for name in ("conv1.weight", "conv2.weight"):
+        if name in tensors:
+            tensors[name] = Neighbours.from_kernel(tensors[name])
+    return config, tensors
+
+
+def fill(encoder: WhisperStem, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors of a checkpoint into an encoder, every one accounted for.
+
+    Raises:
+        RecipeError: A tensor is missing, or the encoder has no place for it.
+    """
+    missing = {n for n in encoder.state_dict() if not n.startswith("mel.")} - tensors.keys()
+    unexpected = tensors.keys() - encoder.state_dict().keys()
     if missing or unexpected:
         raise RecipeError(
             f"{source}: missing tensors {sorted(missing)[:3]}, unexpected "
             f"{sorted(unexpected)[:3]}; a Whisper checkpoint with these layers is needed"
         )
-    positions = kept["embed_positions.weight"].shape[0]
-    tensors["embed_positions.weight"] = tensors["embed_positions.weight"][:positions]
-    for name in ("conv1.weight", "conv2.weight"):
-        tensors[name] = Neighbours.from_kernel(tensors[name])
     encoder.load_state_dict(tensors, strict=False)
+
+
+def load_whisper(source: str, layers: int, window_s: float, states: int) -> WhisperEncoder:
+    """Build the encoder and fill it from a checkpoint, every tensor accounted for.
+
+    Args:
+        source: A folder with ``config.json`` and ``model.safetensors``, or a hub id.
+        layers: How many transformer layers are kept; the others are left out.
+        window_s: Longest input in seconds.
+        states: How many of the uppermost hidden states are returned.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        RecipeError: The checkpoint cannot be read, lacks a tensor, or holds one that the encoder
+            has no place for.
+    """
+    config, tensors = read_checkpoint(source)
+    encoder = WhisperEncoder(config, layers, window_s, states)
+    left_out = ("layer_norm.", *(f"layers.{n}." for n in range(layers, 100)))
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
+    positions = tensors.get("embed_positions.weight")
+    if positions is not None:
+        tensors["embed_positions.weight"] = positions[: encoder.embed_positions.num_embeddings]
+    fill(encoder, tensors, source)
     return encoder.eval()
+
+
+def load_stem(source: str) -> WhisperStem:
+    """Build the two convolutions that Whisper begins with and fill them from a checkpoint.
+
+    Args:
+        source: A folder with ``config.json`` and ``model.safetensors``, or a hub id.
+
+    Raises:
+        RecipeError: The checkpoint cannot be read or lacks a tensor.
+    """
+    config, tensors = read_checkpoint(source)
+    stem = WhisperStem(config["num_mel_bins"], config["d_model"])
+    fill(stem, {n: t for n, t in tensors.items() if n.startswith("conv")}, source)
+    return stem.eval()
