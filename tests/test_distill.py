@@ -70,8 +70,9 @@ def test_a_teacher_answers_as_its_network_does(tmp_path):
     pooled = []
     network.head.pool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
     with torch.no_grad():
-        logits, embedding = network(torch.from_numpy(samples)[None])
-        features = load_encoder(student, tmp_path, 1.0).stem.features(torch.from_numpy(samples)[None])
+        window = torch.from_numpy(samples)[None]
+        logits, embedding = network(window)
+        features = load_encoder(student, tmp_path, 1.0).stem.features(window)
     np.testing.assert_array_equal(found["logits"], logits[0])
     np.testing.assert_array_equal(found["embedding"], embedding[0])
     np.testing.assert_array_equal(found["frames"], pooled[0][0].numpy().astype(np.float16))

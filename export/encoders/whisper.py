@@ -124,7 +124,7 @@ class WhisperStem(nn.Module):
         self.conv2 = Neighbours(dim, dim, stride=2)
 
     def features(self, samples: Tensor) -> Tensor:
-        """Float32 samples ``(N, T)`` at 16 kHz to log-mel ``(N, mels, F at 100 Hz)``, as trained."""
+        """Float32 samples ``(N, T)`` at 16 kHz to log-mel ``(N, mels, F at 100 Hz)``."""
         return (self.mel(samples) + 4) / 4
 
     def convolve(self, features: Tensor) -> Tensor:
