@@ -104,6 +104,7 @@ def quantize(
     del model.graph.value_info[:]
     even_out(model, layers, windows)
     centre(model, layers, windows)
+    _drop_unused(model.graph)  # ONNX Runtime would warn of each bias that centring has replaced
     with tempfile.TemporaryDirectory() as scratch:
         plain, signed = Path(scratch) / "plain.onnx", Path(scratch) / "signed.onnx"
         onnx.save(model, plain)
