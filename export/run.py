@@ -94,6 +94,11 @@ class Run:
             if name is not None and name not in names:
                 raise RecipeError(f"stage {name!r}: {path} has the stages {', '.join(names)}")
 
+    @property
+    def trainings(self) -> int:
+        """How many trainings of a seed run at the same time: a student's two do."""
+        return 2 if self.recipe.distill and self.recipe.distill.refit else 1
+
     def forget(self) -> None:
         """Remove the results of the stage that is to be made again, and of all later ones."""
         stages = [*self.shared(), *self.seeded()]

@@ -26,8 +26,8 @@ def run_seeds(
 ) -> None:
     """Run a recipe once for every seed; resumable as each run is.
 
-    What all seeds share is made first, by all cores. Then each seed trains in a process of one
-    thread, as many at a time as there are cores.
+    What all seeds share is made first, by all cores. Then each seed trains in one process, or in
+    two, of one thread each, as many at a time as there are cores.
 
     Raises:
         EdgeSerError: The recipe cannot be run, or a seed missed the gate.
@@ -44,7 +44,8 @@ def run_seeds(
         return
     for run in runs[1:]:
         run.keys.update(runs[0].keys)
-    with workers() as pool:
+    # Training by processor time learns less from it where processes share a core.
+    with workers(runs[0].trainings) as pool:
         for result in [pool.submit(_run_seed, run) for run in runs]:
             result.result()
     if only is None:

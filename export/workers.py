@@ -8,13 +8,17 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 
-def workers() -> ProcessPoolExecutor:
+def workers(each: int = 1) -> ProcessPoolExecutor:
     """Return a pool of one process a core, each computing on one thread.
 
     Two one-thread processes use two cores better than one process of two threads does.
+
+    Args:
+        each: How many processes a job starts for itself; there are fewer jobs at a time then.
     """
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_begin)
+    jobs = max(1, (os.cpu_count() or 1) // each)
+    return ProcessPoolExecutor(jobs, spawn, initializer=_begin)
 
 
 def _begin() -> None:
