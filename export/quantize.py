@@ -6,6 +6,7 @@ numbers, and on x86 with VNNI ONNX Runtime multiplies those several times faster
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,26 +109,31 @@ def quantize(
     with tempfile.TemporaryDirectory() as scratch:
         plain, signed = Path(scratch) / "plain.onnx", Path(scratch) / "signed.onnx"
         onnx.save(model, plain)
-        quantize_static(
-            plain,
-            signed,
-            _Windows(windows),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=kept,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,  # TensorRT takes float biases only
-                "AddQDQPairToWeight": False,
-                # Rounding sums as well as factors costs accuracy and, for MatMul, no time less.
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            },
-        )
+        # It advises to preprocess the graph; the exporter has.
+        logging.disable(logging.WARNING)
+        try:
+            quantize_static(
+                plain,
+                signed,
+                _Windows(windows),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTIZED),
+                nodes_to_exclude=kept,
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,  # TensorRT takes float biases only
+                    "AddQDQPairToWeight": False,
+                    # Rounding sums as well as factors costs accuracy and, for MatMul, no time less.
+                    "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                },
+            )
+        finally:
+            logging.disable(logging.NOTSET)
         int8 = onnx.load(signed)
     round_weights(model, int8, windows[:ROUNDING_WINDOWS], layers)
     correct_biases(model, int8, windows[:DEBIAS_WINDOWS], layers)
