@@ -17,6 +17,7 @@ from edge_ser import Recognizer
 from edge_ser.bundle import Bundle
 from edge_ser.cli import main as edge_ser
 from export.__main__ import main
+from export.run import Run
 from export.stage import KEY_FILE
 from tests.speech_corpus import (
     LABELS,
@@ -263,6 +264,12 @@ def test_the_student_that_has_heard_everybody_is_shipped(home, copy):
     assert main(arguments(copy, "student", "--only", "train")) == 0
     assert weights(copy) == weights(copy, "choice")
     assert not (copy / "out" / "student" / "seed0" / "train" / "refit").exists()
+
+
+@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 1), ("student", 2)])
+def test_a_run_tells_how_many_trainings_share_the_cores(home, recipe, expected):
+    run = Run(home / f"{recipe}.toml", home / "corpora", home / "weights", home / "out")
+    assert run.trainings == expected
 
 
 def test_seeds_differ_and_are_summed_up(home):
