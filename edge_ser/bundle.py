@@ -24,6 +24,7 @@ MODELS = Path(__file__).parent / "models"  # the bundles inside the wheel
 INT8_GRAPH = "model_int8.onnx"  # signed activations: ARM, TensorRT
 X86_GRAPH = "model_int8_x86.onnx"  # the same model with unsigned activations
 FP32_GRAPH = "model.onnx"
+ADAPTATION = "adaptation.json"  # optional: how to adapt to a speaker
 
 _COPY = "get a complete copy"
 _EXPORT = "export it with `python -m export run RECIPE`, or use int8"

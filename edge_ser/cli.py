@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_ser import __version__
 from edge_ser.bundle import FP32_GRAPH, Bundle
@@ -21,10 +21,14 @@ from edge_ser.errors import EdgeSerError
 from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
 
+if TYPE_CHECKING:
+    from edge_ser.speaker import Speaker
+
 _EXAMPLES = """examples:
   edge-ser predict --sample              classify the clips that come with the package
   edge-ser predict a.wav b.flac --json   one JSON object a line
   edge-ser predict a.wav --bundle tiny   the small model; or the folder of your own
+  edge-ser predict 1.wav 2.wav --speaker anna.json   one speaker, learned from file to file
   edge-ser verify                        is the model complete, and right on this processor?
   edge-ser bench --threads 1             how fast is it here?
 """
@@ -66,12 +70,15 @@ def _predict(args: argparse.Namespace) -> int:
     if not files:
         args.usage("give a FILE, or --sample")
     recognizer = _load(args)
+    speaker = _speaker(args, recognizer)
     width = max(map(len, files))
     label_width = max(map(len, recognizer.metadata.labels))
     refused = 0
     for file in files:
         try:
-            prediction = recognizer.predict(file)
+            prediction = (speaker or recognizer).predict(file)
+            if speaker:
+                speaker.save(args.speaker)
         except EdgeSerError as exc:
             refused += 1
             _complain(str(exc), args.debug)
@@ -85,6 +92,13 @@ def _predict(args: argparse.Namespace) -> int:
             doubt = "  uncertain" if prediction.uncertain else ""
             print(f"{file:{width}}  {answer}{doubt}", flush=True)
     return 1 if refused else 0
+
+
+def _speaker(args: argparse.Namespace, recognizer: Recognizer) -> Speaker | None:
+    """Return the speaker of ``--speaker``: known if the file is there, else a new one."""
+    if args.speaker is None:
+        return None
+    return recognizer.adapt(args.speaker if os.path.exists(args.speaker) else None)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -242,6 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("files", nargs="*", metavar="FILE", help="WAV, FLAC, Ogg, MP3, AIFF, AU")
     predict.add_argument(
         "--sample", action="store_true", help="the clips that come with the package"
+    )
+    predict.add_argument(
+        "--speaker",
+        metavar="FILE",
+        help="all files are of one speaker: adapt to him; what is learned is kept in FILE (numbers "
+        "only), and used again when FILE is there",
     )
     verb("info", _info, "Show what a bundle is.")
     verb("verify", _verify, "Check a bundle: hashes, labels, self-test.")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_ser import audio as audio_input
 from edge_ser.audio import Audio, Samples
-from edge_ser.bundle import Bundle, Metadata
+from edge_ser.bundle import ADAPTATION, Bundle, Metadata
 from edge_ser.engines.base import Engine
-from edge_ser.errors import EngineError
+from edge_ser.errors import BundleError, EngineError
 from edge_ser.prediction import Prediction, Window
+
+if TYPE_CHECKING:
+    from edge_ser.speaker import Speaker
 
 
 class Recognizer:
@@ -30,10 +34,17 @@ class Recognizer:
         engine: What runs its graph.
     """
 
-    def __init__(self, metadata: Metadata, engine: Engine) -> None:
-        """Hold an engine that runs a graph with these labels; most users want `load`."""
+    def __init__(self, metadata: Metadata, engine: Engine, bundle: Bundle | None = None) -> None:
+        """Hold an engine that runs a graph with these labels; most users want `load`.
+
+        Args:
+            metadata: Of the model.
+            engine: Runs its graph.
+            bundle: Where the graph came from; `adapt` needs it.
+        """
         self.metadata = metadata
         self.engine = engine
+        self._bundle = bundle
 
     @classmethod
     def load(
@@ -62,7 +73,7 @@ class Recognizer:
 
         opened = Bundle.open(bundle)
         engine = open_engine(opened, precision=precision, threads=threads, device=device)
-        return cls(opened.metadata, engine)
+        return cls(opened.metadata, engine, opened)
 
     def predict(self, audio: Audio, sample_rate_hz: int | None = None) -> Prediction:
         """Return the emotion of a clip.
@@ -76,14 +87,49 @@ class Recognizer:
             AudioError: The audio is refused.
             EngineError: The graph failed.
         """
-        spans, logits = self._run(audio, sample_rate_hz)
+        return self.answer(*self.run(audio, sample_rate_hz))
+
+    def adapt(self, history: str | Path | None = None) -> Speaker:
+        """Return a recognizer for one speaker, which learns from every utterance it predicts.
+
+        Example:
+            >>> speaker = Recognizer.load().adapt()
+            >>> for clip in ("first.wav", "second.wav"):
+            ...     print(speaker.predict(clip).label)
+            >>> speaker.save("anna.json")
+
+        Args:
+            history: What `Speaker.save` wrote, to go on with; None begins anew.
+
+        Raises:
+            BundleError: The bundle cannot adapt, or the history is not one of this model.
+        """
+        from edge_ser.adaptation import Adaptation
+        from edge_ser.speaker import Speaker
+
+        advice = "it cannot adapt to a speaker; use predict"
+        if self._bundle is None:
+            raise BundleError(f"{self.metadata.name!r} was not loaded from a bundle; {advice}")
+        adaptation = Adaptation.read(self._bundle.file(ADAPTATION, advice))
+        made_by = self.metadata.files[ADAPTATION].sha256
+        return Speaker(self, adaptation, made_by, Path(history) if history is not None else None)
+
+    def answer(
+        self, spans: Sequence[tuple[float, float]], logits: NDArray[np.floating]
+    ) -> Prediction:
+        """Return the prediction from what `run` returned.
+
+        Args:
+            spans: Start and end of the W windows in seconds.
+            logits: Shape (W, C).
+        """
         window_probs = probabilities(logits, self.metadata.temperature)
         clip_probs = window_probs.mean(axis=0)
         windows = tuple(
-            Window(start_s, end_s, *self._answer(probs))
+            Window(start_s, end_s, *self._best(probs))
             for (start_s, end_s), probs in zip(spans, window_probs, strict=True)
         )
-        label, confidence, probs = self._answer(clip_probs)
+        label, confidence, probs = self._best(clip_probs)
         return Prediction(
             label=label,
             confidence=confidence,
@@ -94,18 +140,13 @@ class Recognizer:
             graph=self.engine.graph,
         )
 
-    def logits(self, audio: Audio, sample_rate_hz: int | None = None) -> NDArray[np.float32]:
-        """Return the raw logits of the windows of a clip, float32 of shape (W, C).
-
-        `predict` returns the mean over W of `probabilities` of them. Arguments and errors are those
-        of `predict`.
-        """
-        return self._run(audio, sample_rate_hz)[1]
-
-    def _run(
-        self, audio: Audio, sample_rate_hz: int | None
+    def run(
+        self, audio: Audio, sample_rate_hz: int | None = None
     ) -> tuple[list[tuple[float, float]], NDArray[np.float32]]:
-        """Return start and end in seconds, and the logits, of every window."""
+        """Return start and end in seconds of the W windows of a clip, and their raw logits (W, C).
+
+        Arguments and errors are those of `predict`, which is `answer` of this.
+        """
         rate = self.metadata.sample_rate_hz
         window, hop = round(self.metadata.window_s * rate), round(self.metadata.hop_s * rate)
         spans, logits = [], []
@@ -121,7 +162,7 @@ class Recognizer:
             )
         return spans, stacked
 
-    def _answer(self, probs: NDArray[np.float64]) -> tuple[str, float, dict[str, float]]:
+    def _best(self, probs: NDArray[np.float64]) -> tuple[str, float, dict[str, float]]:
         """Return the label, its probability, and all of them by label."""
         values = probs.tolist()
         best = int(probs.argmax())

@@ -20,12 +20,14 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils.class_weight import compute_sample_weight
+from torch import Tensor
 from torch.nn import functional
 
 from export.corpora import Clip, label_mask, read_samples
 from export.errors import CorpusError
 from export.frontend import LogMel
 from export.metrics import Floats, confusion, masked_argmax, ua
+from export.model import frozen_states, new_classifier
 from export.scores import score
 from export.speech import Speech
 from export.splits import out_of_fold, speakers
@@ -128,7 +130,9 @@ def mfcc_svm(
     return _best("mfcc_svm", grid, _svc, statistics, labels, train, asked, validation)
 
 
-def state_statistics(views: Sequence[View], clips: Sequence[Clip]) -> Statistics:
+def state_statistics(
+    views: Sequence[View], clips: Sequence[Clip], lift: Callable[[Tensor], Tensor]
+) -> Statistics:
     """Return mean and standard deviation over the frames of each clip's hidden states.
 
     The states are layer-normalised first, as the head sees them.
@@ -136,6 +140,7 @@ def state_statistics(views: Sequence[View], clips: Sequence[Clip]) -> Statistics
     Args:
         views: With `states` (S, F, D); only those of number 0, all windows of a clip, are read.
         clips: In the order that `View.clip` counts.
+        lift: `export.model.frozen_states`: makes of the cached states those of the encoder.
 
     Returns:
         float32 (S, 2 D) for each clip.
@@ -143,7 +148,8 @@ def state_statistics(views: Sequence[View], clips: Sequence[Clip]) -> Statistics
     windows: dict[int, list[torch.Tensor]] = {}
     for view in views:
         if view.number == 0:
-            windows.setdefault(view.clip, []).append(torch.from_numpy(view.arrays["states"]))
+            states = lift(torch.from_numpy(view.arrays["states"])[None])[0]
+            windows.setdefault(view.clip, []).append(states)
     found = {}
     for place, parts in windows.items():
         states = torch.cat(parts, dim=1).float()
@@ -270,16 +276,18 @@ def _svc(
     return scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)  # two labels
 
 
-def make_baselines(speech: Speech, features: Path, folder: Path) -> None:
+def make_baselines(speech: Speech, weights: Path | None, features: Path, folder: Path) -> None:
     """The stage: score both baselines on the test speakers, ``baselines.json``.
 
     Args:
         speech: Clips and split.
+        weights: Folder of pretrained checkpoints.
         features: The folder of the encoder's views.
         folder: Takes the file.
     """
     heard = (speech.split.train, speech.split.test, speech.split.validation)
-    states = state_statistics(load_views(features), speech.clips)
+    lift = frozen_states(speech.recipe, new_classifier(speech.recipe, weights))
+    states = state_statistics(load_views(features), speech.clips, lift)
     probe = linear_probe(states, speech.labels, *heard)
     svm = mfcc_svm(mfcc_statistics(speech.clips), speech.labels, *heard)
     found = {

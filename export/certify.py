@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from edge_ser.adaptation import Adaptation
 from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export import metrics
+from export.adapt import measure
 from export.corpora import Clip
 from export.errors import CertificateError
 from export.scores import brief, score
@@ -29,22 +31,27 @@ SYSTEMS = {"fp32": "model.onnx", "int8": "model_int8.onnx", "int8_x86": "model_i
 
 def predict(
     metadata: Metadata, graph: Path, clips: Sequence[Clip], done: Any = None
-) -> npt.NDArray[np.float64]:
-    """Return the probs (N, C) of clips, as the runtime predicts them with one graph.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Answer clips as the runtime does with one graph.
 
     Args:
         metadata: Labels, windows and temperature.
         graph: The ONNX file.
         clips: N clips.
         done: A progress bar.
+
+    Returns:
+        The probs (N, C), and the calibrated logits (N, C), means over the windows.
     """
     recognizer = Recognizer(metadata, OnnxEngine(graph))
-    rows = []
+    rows, means = [], []
     for clip in clips:
-        rows.append(list(recognizer.predict(clip.path).probs.values()))
+        spans, logits = recognizer.run(clip.path)
+        rows.append(list(recognizer.answer(spans, logits).probs.values()))
+        means.append(logits.mean(axis=0) / metadata.temperature)
         if done is not None:
             done.update()
-    return np.array(rows)
+    return np.array(rows), np.array(means, np.float64)
 
 
 def compare(
@@ -91,6 +98,7 @@ def certify(
     graphs: Path,
     clips: Sequence[Clip],
     masks: Mapping[str, npt.NDArray[np.bool_]],
+    adaptation: Adaptation | None = None,
     done: Any = None,
 ) -> dict[str, Any]:
     """Score every graph of a folder on the test clips and compare the INT8 ones with fp32.
@@ -100,14 +108,30 @@ def certify(
         graphs: Folder of the files in `SYSTEMS`.
         clips: The test clips.
         masks: For every corpus the labels that it has.
+        adaptation: Of the bundle.
         done: A progress bar, updated once a clip and graph.
 
     Returns:
-        ``systems`` by name, each with its graph's SHA-256 and scores, and ``gate`` by INT8 graph.
+        ``systems`` by name, each with its graph's SHA-256 and scores, ``gate`` by INT8 graph, and
+        with an adaptation, ``adapted``: what it is worth behind the INT8 graph for x86.
     """
     labels = metadata.labels
-    probs = {name: predict(metadata, graphs / file, clips, done) for name, file in SYSTEMS.items()}
-    return {
+    answers = {
+        name: predict(metadata, graphs / file, clips, done) for name, file in SYSTEMS.items()
+    }
+    probs = {name: of_graph for name, (of_graph, _) in answers.items()}
+    found: dict[str, Any] = {}
+    if adaptation:
+        kept = set(pooled(clips))
+        where = np.array([place for place, clip in enumerate(clips) if clip in kept])
+        heard = [clips[place] for place in where]
+        true = np.array([labels.index(clip.emotion) for clip in heard])
+        mask = np.stack([masks[clip.corpus] for clip in heard])
+        logits = answers["int8_x86"][1][where]
+        found["adapted"] = measure(
+            logits, [adaptation] * len(heard), heard, true, mask, len(labels)
+        )
+    return found | {
         "labels": list(labels),
         "systems": {
             name: {
@@ -180,7 +204,12 @@ def draw(certificate: Mapping[str, Any], file: Path) -> None:
 
 
 def make_certificate(
-    speech: Speech, metadata: Metadata, graphs: Path, facts: Mapping[str, Any], folder: Path
+    speech: Speech,
+    metadata: Metadata,
+    graphs: Path,
+    adaptation: Path,
+    facts: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     """The stage: ``certificate.json`` and ``certificate.png``.
 
@@ -188,6 +217,7 @@ def make_certificate(
         speech: Whose test clips are scored.
         metadata: Labels, windows and temperature.
         graphs: Folder of the quantization stage.
+        adaptation: The file of the training stage, if there is one.
         facts: What the certificate says beside the scores.
         folder: Takes the files.
 
@@ -196,7 +226,8 @@ def make_certificate(
     """
     split = speech.split
     with tqdm(total=len(split.test) * len(SYSTEMS)) as bar:
-        scores = certify(metadata, graphs, split.test, speech.masks, bar)
+        network = Adaptation.read(adaptation) if adaptation.exists() else None
+        scores = certify(metadata, graphs, split.test, speech.masks, network, bar)
     certificate = {
         "schema_version": metadata.schema_version,
         "tools": metadata.tools,

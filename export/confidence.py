@@ -1,4 +1,4 @@
-"""How sure an answer is: the temperature and the abstain threshold, from validation clips only."""
+"""How sure an answer is: temperature and abstain threshold, from speakers that were not heard."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from edge_ser.recognizer import probabilities
+from export.corpora import Clip
 from export.metrics import Floats, Ints, nll
 from export.scores import brief, score
 from export.speech import Speech
@@ -76,24 +77,31 @@ def abstain_threshold(probs: Floats, true: Ints) -> float:
 
 
 def write_confidence(
-    speech: Speech, logits: Sequence[npt.NDArray[np.floating]], folder: Path
-) -> None:
-    """Fit temperature and threshold on the validation clips: ``confidence.json``.
+    speech: Speech,
+    clips: Sequence[Clip],
+    logits: Sequence[npt.NDArray[np.floating]],
+    folder: Path,
+) -> float:
+    """Fit temperature and threshold: ``confidence.json``.
 
     Args:
-        speech: Whose validation clips they are.
-        logits: Of each validation clip, shape (W, C), by a network that has not heard them.
-        folder: Takes the file, with the validation scores beside.
+        speech: Labels, and which of them each corpus has.
+        clips: N clips, none of a test speaker.
+        logits: Of each clip, shape (W, C), by a network that has not heard its speaker.
+        folder: Takes the file, with the scores beside.
+
+    Returns:
+        The temperature.
     """
-    clips = speech.split.validation
     true = np.array([speech.labels.index(clip.emotion) for clip in clips])
     temperature = fit_temperature(logits, true)
     probs = clip_probs(logits, temperature)
     scores = score(probs, clips, speech.labels, speech.masks)
-    tqdm.write(f"validation: {brief(scores)}")
+    tqdm.write(f"speakers not heard: {brief(scores)}")
     found = {
         "temperature": temperature,
         "abstain_below": abstain_threshold(probs, true),
-        "validation": scores,
+        "scores": scores,
     }
     (folder / "confidence.json").write_text(json.dumps(found, indent=1))
+    return temperature

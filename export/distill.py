@@ -268,6 +268,6 @@ def make_student(
             student.result()
     choice = load_classifier(speech.recipe, weights, folder / "choice" / "model.safetensors")
     logits = window_logits(choice.from_features, load_views(targets), validation, "features")
-    write_confidence(speech, logits, folder)
+    write_confidence(speech, speech.split.validation, logits, folder)
     shipped = folder / list(clips)[-1] / "model.safetensors"
     shutil.copyfile(shipped, folder / "model.safetensors")

@@ -1,14 +1,18 @@
 """One network from samples to logits: an encoder and a head."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export.encoders import load_encoder
+from export.encoders.whisper import upper_states
 from export.heads import CnnHead
 from export.recipe import Recipe
+from export.tune import TunedHead
 
 
 class Classifier(nn.Module):
@@ -48,16 +52,39 @@ def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:
     return Classifier(encoder, new_head(recipe, encoder.states, encoder.dim))
 
 
+def trained_part(recipe: Recipe, model: Classifier) -> nn.Module:
+    """Return what a recipe's training changes of its network; the modules are the network's own."""
+    if recipe.distill:
+        return model
+    assert recipe.train  # a recipe has either [train] or [distill]
+    if not recipe.train.tuned:
+        return model.head
+    return TunedHead(model.encoder.layers[-recipe.train.tuned :], model.encoder.states, model.head)
+
+
+def frozen_states(recipe: Recipe, model: Classifier) -> Callable[[Tensor], Tensor]:
+    """Return what makes of cached states ``(N, S, F, D)`` those of the encoder before training."""
+    assert recipe.train  # only such recipes cache states
+    tuned = recipe.train.tuned
+    if not tuned:
+        return lambda states: states
+    layers, count = model.encoder.layers[-tuned:], model.encoder.states
+
+    @torch.no_grad()
+    def lift(states: Tensor) -> Tensor:
+        return upper_states(layers, states[:, 0].float(), count)
+
+    return lift
+
+
 def load_classifier(recipe: Recipe, weights: Path | None, trained: Path) -> Classifier:
     """Return the trained network of a recipe, in evaluation mode.
 
     Args:
         recipe: Of the model.
         weights: Folder of pretrained checkpoints.
-        trained: ``model.safetensors`` of the training stage: the head of a frozen encoder, or the
-            whole student.
+        trained: ``model.safetensors`` of the training stage: `trained_part` of the network.
     """
     model = new_classifier(recipe, weights)
-    part = model.head if recipe.train else model
-    part.load_state_dict(load_file(trained))
+    trained_part(recipe, model).load_state_dict(load_file(trained))
     return model.eval()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edge_ser import audio
-from edge_ser.bundle import Bundle, BundleFile, Metadata, sha256
+from edge_ser.bundle import ADAPTATION, FP32_GRAPH, Bundle, BundleFile, Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.samples import sample_paths
 from export import corpora
@@ -20,6 +20,7 @@ from export.speech import RATE_HZ, Speech
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "soxr")
 SELFTEST_S = (0.5, 1.5, 3.0)
+OPTIONAL = {FP32_GRAPH, ADAPTATION}
 
 
 def tool_versions() -> dict[str, str]:
@@ -47,13 +48,16 @@ def write_selftest(graphs: Path, sample: Path, rate_hz: int, window_s: float, fi
     np.savez_compressed(file, **arrays)
 
 
-def make_bundle(metadata: Metadata, graphs: Path, certificate: Path, folder: Path) -> None:
+def make_bundle(
+    metadata: Metadata, graphs: Path, certificate: Path, adaptation: Path, folder: Path
+) -> None:
     """The stage: fill a folder with a bundle, and open it as a user would.
 
     Args:
         metadata: All but ``files``.
         graphs: Folder of the full-precision and INT8 graphs.
         certificate: Folder of ``certificate.json`` and ``.png``.
+        adaptation: The file of the training stage, if there is one.
         folder: Takes the bundle.
 
     Raises:
@@ -66,10 +70,11 @@ def make_bundle(metadata: Metadata, graphs: Path, certificate: Path, folder: Pat
     write_selftest(graphs, sample, rate_hz, window_s, folder / "selftest.npz")
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
-    names = ("README.md", "certificate.json", "certificate.png", "selftest.npz")
-    files = sorted({*names, *(file.name for file in folder.glob("model*"))})
+    if adaptation.exists():
+        shutil.copyfile(adaptation, folder / ADAPTATION)
     entries = {
-        name: BundleFile(sha256(folder / name), required=name != "model.onnx") for name in files
+        file.name: BundleFile(sha256(file), required=file.name not in OPTIONAL)
+        for file in sorted(folder.iterdir())
     }
     whole = replace(metadata, files=entries)
     (folder / "metadata.json").write_text(json.dumps(whole.to_json(), indent=1) + "\n")

@@ -101,9 +101,13 @@ class Train:
         average: Decay of the moving average of the weights, which is what is kept.
         clean: Probability that an epoch uses a clip as recorded rather than an augmented view.
         ridge: Penalty of a ridge regression that is added to the probe of the trained head (see
-            `export.ridge`); 0 adds none.
-        refit: Train once more on train and validation together, with the same settings, when the
-            choices are made; that head is shipped.
+            `export.ridge`); 0 adds none. Not with ``tuned``.
+        tuned: How many of the uppermost layers are fine-tuned; 0 leaves the encoder as it is.
+        tuned_rate: Peak learning rate of the uppermost layer.
+        layer_decay: Factor of it from layer to layer downwards.
+        hold: Share of the training after which the layers begin to learn; before, only the head.
+        folds: Heads that are trained beside the one that is shipped, each without some of the
+            speakers: their answers set the temperature, the threshold and the adaptation.
     """
 
     epochs: int
@@ -117,7 +121,11 @@ class Train:
     average: float = 0.99
     clean: float = 0.4
     ridge: float = 0.0
-    refit: bool = True
+    tuned: int = 0
+    tuned_rate: float = 3e-4
+    layer_decay: float = 0.7
+    hold: float = 0.2
+    folds: int = 4
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,8 @@ class Distill:
             `export.spectrogram.warp`).
         mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
         mask_s: Longest stretch that SpecAugment hides, in seconds.
-        refit: As in Train; both students are trained at the same time.
+        refit: Train a second student on train and validation together, with the same settings and
+            at the same time; that one is shipped, the first one sets temperature and threshold.
     """
 
     teacher: str
@@ -205,6 +214,15 @@ class Recipe:
                 f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper' (frozen), "
                 "[distill] takes 'mel'"
             )
+        if self.train and self.train.tuned:
+            tuned, encoder = self.train.tuned, self.encoder
+            if not encoder.states - 1 <= tuned <= encoder.layers:
+                raise RecipeError(
+                    f"train.tuned = {tuned}: with layers = {encoder.layers} and states = "
+                    f"{encoder.states}, allowed is 0, or {encoder.states - 1} to {encoder.layers}"
+                )
+            if self.train.ridge:
+                raise RecipeError("train.ridge needs a frozen encoder; leave ridge or tuned out")
 
 
 def read_recipe(path: Path) -> Recipe:

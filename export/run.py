@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edge_ser.bundle import ADAPTATION
 from export.baselines import make_baselines
 from export.certify import make_certificate
+from export.crossfit import make_heads
 from export.distill import load_teacher, make_student
 from export.encoders import encode_states
 from export.errors import RecipeError
@@ -29,7 +31,6 @@ from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
 from export.stage import discard, fingerprint, run_stage
-from export.train import make_head
 from export.views import Compute, make_views
 
 
@@ -96,8 +97,12 @@ class Run:
 
     @property
     def trainings(self) -> int:
-        """How many trainings of a seed run at the same time: a student's two do."""
-        return 2 if self.recipe.distill and self.recipe.distill.refit else 1
+        """How many trainings of a seed run at the same time, as far as there are cores."""
+        recipe = self.recipe
+        if recipe.distill:
+            return 2 if recipe.distill.refit else 1
+        assert recipe.train  # a recipe has either [train] or [distill]
+        return recipe.folds.k if recipe.folds else recipe.train.folds + 1
 
     def forget(self) -> None:
         """Remove the results of the stage that is to be made again, and of all later ones."""
@@ -124,12 +129,14 @@ class Run:
             reads = {"teacher": fingerprint([trained]), "pretrained": self._pretrained()}
             return [self._views("targets", recipe.distill.views, reads, load)]
         assert recipe.train  # a recipe has either [train] or [distill]
-        load = partial(encode_states, recipe.encoder, self.weights, recipe.windows.window_s)
-        reads = {"pretrained": self._pretrained(), "encoder": recipe.encoder}
+        tuned = recipe.train.tuned
+        window_s = recipe.windows.window_s
+        load = partial(encode_states, recipe.encoder, self.weights, window_s, tuned)
+        reads = {"pretrained": self._pretrained(), "encoder": recipe.encoder, "tuned": tuned}
         features = self._views("features", recipe.train.views, reads, load)
         if recipe.folds:
             return [features]
-        make = partial(make_baselines, speech, features.folder)
+        make = partial(make_baselines, speech, self.weights, features.folder)
         baselines = Stage(
             "baselines", self.home / "baselines", "features", {"data": recipe.data}, make
         )
@@ -156,14 +163,10 @@ class Run:
         }
         cache = self.home / ("targets" if recipe.distill else "features")
         if recipe.folds:
-            make = partial(make_folds, speech, cache, seed)
+            make = partial(make_folds, speech, self.weights, cache, seed)
             reads = {**settings, "seed": seed}
             return [Stage("folds", self.folder / "folds", cache.name, reads, make)]
-        learn = (
-            partial(make_student, speech, self.weights)
-            if recipe.distill
-            else partial(make_head, speech)
-        )
+        learn = partial(make_student if recipe.distill else make_heads, speech, self.weights)
         folders = {
             name: self.folder / name for name in ("train", "graph", "quantize", "certify", "bundle")
         }
@@ -201,16 +204,32 @@ class Run:
             "recipe": asdict(self.recipe),
             "command": f"python -m export run {self.path.name} --seeds {self.seed}",
             "seed": self.seed,
-            "validation": _read_json(self.folder / "train" / "confidence.json")["validation"],
+            "speakers_not_heard": _read_json(self.folder / "train" / "confidence.json")["scores"],
             "parity": _read_json(self.folder / "graph" / "parity.json"),
             "quantization": _read_json(self.folder / "quantize" / "quantization.json"),
         }
         if self.recipe.train:
             facts["baselines"] = _read_json(self.home / "baselines" / "baselines.json")
-        make_certificate(self.speech, self._metadata(), self.folder / "quantize", facts, folder)
+            rows = _read_json(self.folder / "train" / "adaptation_scores.json")
+            facts["adapted_speakers_not_heard"] = rows
+        make_certificate(
+            self.speech, self._metadata(), self.folder / "quantize",
+            self._adaptation(), facts, folder,
+        )  # fmt: skip
 
     def _bundle(self, folder: Path) -> None:
-        make_bundle(self._metadata(), self.folder / "quantize", self.folder / "certify", folder)
+        make_bundle(
+            self._metadata(), self.folder / "quantize", self.folder / "certify",
+            self._adaptation(), folder,
+        )  # fmt: skip
+
+    def _adaptation(self) -> Path:
+        """Return the adaptation of the bundle; a student answers like its teacher, and takes its.
+
+        A student's own answers for speakers whom it has not heard are too few to learn one.
+        """
+        home = self._teacher()[1].parent if self.recipe.distill else self.folder / "train"
+        return home / ADAPTATION
 
     def _metadata(self) -> Any:
         teacher = None

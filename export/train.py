@@ -1,4 +1,4 @@
-"""Training of a head on the cached hidden states of a frozen encoder."""
+"""Training of a head, and of the layers below it, on cached hidden states."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +11,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.confidence import write_confidence
 from export.heads import CnnHead
-from export.model import new_head
+from export.model import new_classifier, trained_part
 from export.recipe import Train
 from export.ridge import add_ridge
 from export.speech import Speech
 from export.targets import Targets, masked_cross_entropy, smoothed
-from export.views import View, load_views
+from export.tune import TunedHead, parameter_groups
+from export.views import View
 
 CHECKPOINT = "checkpoint.pt"
-SHORTEST = 10  # frames of 40 ms: the runtime refuses less than 0.4 s
+SHORTEST_S = 0.4  # what the runtime refuses to go below
+CLIP = 1.0  # largest norm of a gradient
 
 
 def one_cycle(progress: float, rise: float = 0.05) -> float:
@@ -29,6 +30,16 @@ def one_cycle(progress: float, rise: float = 0.05) -> float:
     if progress < rise:
         return max(progress, 1e-3) / rise
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - rise) / (1 - rise))))
+
+
+def schedule(optimizer: torch.optim.Optimizer, progress: float) -> None:
+    """Set the learning rates at 0 to 1 of the training; what has not started yet is not trained."""
+    for group in optimizer.param_groups:
+        learns = progress >= group["start"]
+        for parameter in group["params"]:
+            parameter.requires_grad_(learns)
+        elapsed = (progress - group["start"]) / (1 - group["start"])
+        group["lr"] = group["rate"] * one_cycle(elapsed) if learns else 0.0
 
 
 class WeightAverage:
@@ -39,7 +50,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -47,7 +60,8 @@ class WeightAverage:
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 10))
         for name, parameter in model.named_parameters():
-            self.weights[name].lerp_(parameter, 1 - decay)
+            if name in self.weights:
+                self.weights[name].lerp_(parameter, 1 - decay)
 
 
 def bucketed(
@@ -72,7 +86,7 @@ def train_head(
     seed: int,
     folder: Path | None = None,
 ) -> None:
-    """Train a head in place.
+    """Train a head, or a `TunedHead`, in place.
 
     Args:
         head: Untrained; holds the averaged weights afterwards.
@@ -88,9 +102,12 @@ def train_head(
     augmented: dict[int, list[View]] = {}
     for view in views:
         (augmented if view.number else clean).setdefault(view.clip, []).append(view)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(head, settings), weight_decay=settings.weight_decay
+    )
     average = WeightAverage(head, settings.average)
     weights = targets.weights(chosen, settings.balance)
+    shortest = round(SHORTEST_S * (TunedHead.frame_rate_hz if settings.tuned else 25))
     first = 0
     checkpoint = folder / CHECKPOINT if folder else None
     if checkpoint and checkpoint.exists():
@@ -103,13 +120,11 @@ def train_head(
     for epoch in tqdm(range(first, settings.epochs), initial=first, total=settings.epochs):
         rng = np.random.default_rng([seed, epoch])
         torch.manual_seed(int(rng.integers(2**31)))
-        picked = [_pick(rng, clean[c], augmented.get(c), settings.clean) for c in chosen]
+        picked = [_pick(rng, clean[c], augmented.get(c), settings.clean, shortest) for c in chosen]
         lengths = np.array([states.shape[1] for states in picked])
         batches = list(bucketed(rng, lengths, settings.batch))
         for step, batch in enumerate(batches):
-            for group in optimizer.param_groups:
-                progress = (epoch + step / len(batches)) / settings.epochs
-                group["lr"] = settings.learning_rate * one_cycle(progress)
+            schedule(optimizer, (epoch + step / len(batches)) / settings.epochs)
             states, real = pad([picked[i] for i in batch])
             clips = [chosen[i] for i in batch]
             label, mask = targets.label[clips], targets.mask[clips]
@@ -125,6 +140,7 @@ def train_head(
             loss = masked_cross_entropy(logits.float(), target, mask)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), CLIP)
             optimizer.step()
             average.update(head)
         if checkpoint:
@@ -136,13 +152,17 @@ def train_head(
 
 
 def _pick(
-    rng: np.random.Generator, clean: list[View], augmented: list[View] | None, share: float
+    rng: np.random.Generator,
+    clean: list[View],
+    augmented: list[View] | None,
+    share: float,
+    shortest: int,
 ) -> Tensor:
     """Draw one window of a clip and a part of it: states (S, F, D)."""
     among = clean if augmented is None or rng.random() < share else augmented
     states = torch.from_numpy(among[rng.integers(len(among))].arrays["states"])
     frames = states.shape[1]
-    keep = max(min(frames, SHORTEST), round(frames * rng.uniform(0.7, 1.0)))
+    keep = max(min(frames, shortest), round(frames * rng.uniform(0.7, 1.0)))
     start = int(rng.integers(frames - keep, endpoint=True))
     return states[:, start : start + keep]
 
@@ -194,41 +214,39 @@ def window_logits(
 
 
 def fit_head(
-    speech: Speech, views: Sequence[View], chosen: Sequence[int], seed: int, folder: Path
-) -> CnnHead:
-    """Return a head of the recipe, trained on some clips; resumes what lies in ``folder``."""
+    speech: Speech,
+    weights: Path | None,
+    views: Sequence[View],
+    chosen: Sequence[int],
+    seed: int,
+    folder: Path,
+) -> nn.Module:
+    """Train what a recipe trains on some clips; resumes what lies in ``folder``.
+
+    Args:
+        speech: Clips and settings.
+        weights: Folder of pretrained checkpoints.
+        views: Of all clips.
+        chosen: The clips to train on.
+        seed: Of the training.
+        folder: Takes ``model.safetensors``, and a checkpoint an epoch.
+
+    Returns:
+        `export.model.trained_part` of the network, in evaluation mode.
+    """
     settings = speech.recipe.train
     assert settings  # only recipes with [train] have this stage
     folder.mkdir(exist_ok=True)
-    states, _, dim = views[0].arrays["states"].shape
     torch.manual_seed(seed)
-    head = new_head(speech.recipe, states, dim)
+    head = trained_part(speech.recipe, new_classifier(speech.recipe, weights))
     targets = Targets.of(speech)
     train_head(head, views, targets, chosen, settings, seed=seed, folder=folder)
     if settings.ridge:
+        assert isinstance(head, CnnHead)  # a recipe with both is refused
         factor = add_ridge(
             head, views, speech.clips, targets, chosen,
             alpha=settings.ridge, balance=settings.balance,
         )  # fmt: skip
         tqdm.write(f"ridge: added to the probe, times {factor:.1f}")
-    return head
-
-
-def make_head(speech: Speech, features: Path, seed: int, folder: Path) -> None:
-    """The stage: ``model.safetensors`` and ``confidence.json``.
-
-    Args:
-        speech: Clips, split and settings.
-        features: The folder of the encoder's views.
-        seed: Of the training.
-        folder: Takes the files, and a checkpoint an epoch.
-    """
-    views = load_views(features)
-    train, validation = speech.where(speech.split.train), speech.where(speech.split.validation)
-    head = fit_head(speech, views, train, seed, folder / "choice")
-    write_confidence(speech, window_logits(head, views, validation), folder)
-    settings = speech.recipe.train
-    assert settings  # only recipes with [train] have this stage
-    if settings.refit:
-        head = fit_head(speech, views, train + validation, seed, folder / "refit")
     save_file(head.state_dict(), folder / "model.safetensors")
+    return head

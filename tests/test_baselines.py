@@ -113,7 +113,7 @@ def test_statistics_are_over_all_frames_of_the_normalised_states_of_view_0():
         View(0, 0, {"states": short}),
         View(0, 1, {"states": other}),  # augmented: not read
     ]
-    found = state_statistics(views, TRAIN[:2])
+    found = state_statistics(views, TRAIN[:2], lambda states: states)
     assert list(found) == [TRAIN[1], TRAIN[0]]
     frames = np.concatenate([long, short], axis=1).astype(np.float64)  # (2, 10, 4)
     centred = frames - frames.mean(axis=-1, keepdims=True)

@@ -135,10 +135,12 @@ def bundle(tmp_path_factory):
 
 def test_predict_is_what_the_runtime_predicts(bundle, corpora):
     heard = load_corpora(corpora, ["nemo", "turev"])
-    found = predict(bundle.metadata, bundle.path / "model_int8.onnx", heard)
+    probs, logits = predict(bundle.metadata, bundle.path / "model_int8.onnx", heard)
     recognizer = Recognizer.load(bundle.path)
     expected = [[recognizer.predict(c.path).probs[label] for label in LABELS] for c in heard]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(probs, expected)
+    means = [recognizer.run(clip.path)[1].mean(axis=0) for clip in heard]
+    np.testing.assert_allclose(logits, np.array(means) / bundle.metadata.temperature)
     assert max(len(recognizer.predict(c.path).windows) for c in heard) > 1
 
 

@@ -184,7 +184,7 @@ def test_metadata_describes_the_recipe(tmp_path):
         EncoderChoice("whisper", 2, "somewhere"),
         train=Train(1),
     )
-    confidence = {"temperature": 1.5, "abstain_below": 0.25, "validation": {}}
+    confidence = {"temperature": 1.5, "abstain_below": 0.25, "scores": {}}
     found = describe(Speech(recipe, tmp_path), confidence, {"name": "t", "sha256": "0"})
     assert (found.name, found.labels, found.sample_rate_hz) == ("r", LABELS, 16000)
     assert (found.window_s, found.hop_s) == (1.0, 0.5)

@@ -136,7 +136,7 @@ def test_probabilities_equal_scipys_softmax(logits, temperature):
 
 
 def test_logits_are_those_of_the_windows(metadata):
-    logits = Recognizer(metadata, FakeEngine([1.0, 2.0], [3.0, 4.0])).logits(clip(4), RATE)
+    logits = Recognizer(metadata, FakeEngine([1.0, 2.0], [3.0, 4.0])).run(clip(4), RATE)[1]
     assert logits.dtype == np.float32
     np.testing.assert_array_equal(logits, [[1, 2], [3, 4]])
 

@@ -17,6 +17,7 @@ from edge_ser import Recognizer
 from edge_ser.bundle import Bundle
 from edge_ser.cli import main as edge_ser
 from export.__main__ import main
+from export.adapt import KINDS
 from export.run import Run
 from export.stage import KEY_FILE
 from tests.speech_corpus import (
@@ -46,6 +47,7 @@ hop_s = 0.5
 family = "whisper"
 source = "small"
 layers = 2
+states = 2
 [head]
 width = 16
 dropout = 0.1
@@ -55,6 +57,8 @@ views = 1
 batch = 8
 learning_rate = 5e-3
 average = 0.9
+tuned = 1
+folds = 3
 """
 
 STUDENT = f"""
@@ -266,7 +270,7 @@ def test_the_student_that_has_heard_everybody_is_shipped(home, copy):
     assert not (copy / "out" / "student" / "seed0" / "train" / "refit").exists()
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 1), ("student", 2)])
+@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 4), ("student", 2), ("folded", 3)])
 def test_a_run_tells_how_many_trainings_share_the_cores(home, recipe, expected):
     run = Run(home / f"{recipe}.toml", home / "corpora", home / "weights", home / "out")
     assert run.trainings == expected
@@ -369,7 +373,7 @@ def alive(group):
 def test_a_killed_training_goes_on_and_ends_with_the_same_weights(home, copy):
     shutil.rmtree(copy / "out" / "teacher" / "seed0")
     process = started(copy, "teacher")
-    checkpoint = copy / "out" / "teacher" / "seed0" / "train.partial" / "choice" / "checkpoint.pt"
+    checkpoint = copy / "out" / "teacher" / "seed0" / "train.partial" / "fold0" / "checkpoint.pt"
     wait_for(checkpoint.exists, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -415,6 +419,7 @@ def test_folds_score_head_and_probe_on_the_same_clips(copy):
         assert system["pooled"]["ua"]["value"] > 0.9
     assert "ece" in found["systems"]["head"]["pooled"]
     assert "ece" not in found["systems"]["linear_probe"]["pooled"]
+    assert {row["history"] for row in found["adaptation"]} == {"none", *KINDS}
     assert not (copy / "out" / "folded" / "baselines").exists()
     assert not (copy / "out" / "folded" / "seed0" / "bundle").exists()
 

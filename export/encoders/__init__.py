@@ -34,12 +34,20 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
     return load_whisper(source, choice.layers, window_s, choice.states)
 
 
-def encode_states(choice: EncoderChoice, weights: Path | None, window_s: float) -> Compute:
-    """Return what computes the hidden states (S, F, D) of a window, in half precision."""
+def encode_states(
+    choice: EncoderChoice, weights: Path | None, window_s: float, tuned: int
+) -> Compute:
+    """Return what computes the hidden states of a window that no training changes, as float16.
+
+    They are the states (S, F at 25 Hz, D) that the head sees or, where the uppermost layers are
+    tuned, the one (1, F at 50 Hz, D) below these.
+    """
     encoder = load_encoder(choice, weights, window_s)
 
     @torch.no_grad()
     def compute(samples: Samples) -> Arrays:
-        return {"states": encoder(torch.from_numpy(samples)[None])[0].half().numpy()}
+        window = torch.from_numpy(samples)[None]
+        states = encoder.below(window, choice.layers - tuned) if tuned else encoder(window)[0]
+        return {"states": states.half().numpy()}
 
     return compute

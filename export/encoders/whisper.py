@@ -30,8 +30,8 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(N, F, D)`` to ``(N, F, D)``."""
+    def forward(self, hidden: Tensor, real: Tensor | None = None) -> Tensor:
+        """``(N, F, D)`` to ``(N, F, D)``; frames that are not real ``(N, 1, F)`` are not heard."""
         size = hidden.shape[-1] // self.heads
 
         def split(projected: Tensor) -> Tensor:
@@ -39,6 +39,8 @@ class SelfAttention(nn.Module):
 
         query = split(self.q_proj(hidden) * size**-0.5)
         scores = query @ split(self.k_proj(hidden)).transpose(2, 3)  # (N, H, F, F)
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None], -1e4)
         mixed = scores.softmax(dim=-1) @ split(self.v_proj(hidden))
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, F, D)
 
@@ -54,21 +56,21 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(dim, feed_forward)
         self.fc2 = nn.Linear(feed_forward, dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(N, F, D)`` to ``(N, F, D)``."""
-        hidden, inner = self._inner(hidden)
+    def forward(self, hidden: Tensor, real: Tensor | None = None) -> Tensor:
+        """``(N, F, D)`` to ``(N, F, D)``; see `SelfAttention` for ``real``."""
+        hidden, inner = self._inner(hidden, real)
         return hidden + self.fc2(inner)
 
-    def halved(self, hidden: Tensor) -> Tensor:
+    def halved(self, hidden: Tensor, real: Tensor | None = None) -> Tensor:
         """Return `halved` of the layer's output, for half the work of its last projection.
 
         That projection is linear, so the mean of two frames may as well be taken before it.
         """
-        hidden, inner = self._inner(hidden)
+        hidden, inner = self._inner(hidden, real)
         return halved(hidden) + self.fc2(halved(inner))
 
-    def _inner(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden))
+    def _inner(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden), real)
         return hidden, functional.gelu(self.fc1(self.final_layer_norm(hidden)))
 
 
@@ -170,13 +172,33 @@ class WhisperEncoder(WhisperStem):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, S, F, D)`` at 25 Hz."""
+        return upper_states(self.layers, self.below(samples, 0), self.states)
+
+    def below(self, samples: Tensor, layers: int) -> Tensor:
+        """Float32 samples ``(N, T)`` to the hidden state ``(N, F at 50 Hz, D)`` behind layers."""
         hidden = self.convolve(self.features(samples))
         hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
-        states = [hidden]
-        for layer in self.layers[:-1]:
-            states.append(layer(states[-1]))
-        pairs = [*map(halved, states), self.layers[-1].halved(states[-1])]
-        return torch.stack(pairs[-self.states :], dim=1)  # (N, S, F, D)
+        for layer in self.layers[:layers]:
+            hidden = layer(hidden)
+        return hidden
+
+
+def upper_states(
+    layers: nn.ModuleList, hidden: Tensor, states: int, real: Tensor | None = None
+) -> Tensor:
+    """Return the uppermost hidden states of layers, at 25 Hz: ``(N, states, F, D)``.
+
+    Args:
+        layers: One `Layer` or more, the last ones of an encoder.
+        hidden: What they are given, ``(N, F at 50 Hz, D)``.
+        states: How many states are returned, 1 to ``len(layers) + 1``.
+        real: Bool ``(N, 1, F at 50 Hz)``, true on real frames; none when nothing is padded.
+    """
+    found = [hidden]
+    for layer in layers[:-1]:
+        found.append(layer(found[-1], real))
+    pairs = [*map(halved, found), layers[-1].halved(found[-1], real)]
+    return torch.stack(pairs[-states:], dim=1)
 
 
 def read_checkpoint(source: str) -> tuple[dict, dict[str, Tensor]]:
