@@ -25,7 +25,7 @@ KINDS = ("balanced", "skewed", "single")
 
 UNITS = 24
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, MOST)
-DRAWS = 9000
+DRAWS = 6  # histories for each clip
 SHARES = (0.4, 0.3, 0.3)  # of KINDS: most of what a robot hears is no balanced design
 EPOCHS = 30
 BATCH = 256
@@ -77,12 +77,17 @@ def draw_history(
     return np.concatenate([main, rng.permutation(among[~frequent])[:rest]])
 
 
-def history_of(logits: Floats) -> History:
-    """Return the history of utterances with these calibrated logits, (U, C)."""
-    history = History.empty(logits.shape[1])
-    for utterance in logits:
+def parts_of(logits: Floats) -> Floats:
+    """Return what each utterance adds to a history, (N, 3, C), from calibrated logits (N, C)."""
+    histories = [History.empty(logits.shape[1]) for _ in logits]
+    for history, utterance in zip(histories, logits, strict=True):
         history.add(utterance)
-    return history
+    return np.array([[h.logits, h.squares, h.probs] for h in histories])
+
+
+def history_of(parts: Floats) -> History:
+    """Return the history of at most `MOST` utterances, from the parts (U, 3, C) of each."""
+    return History(len(parts), *parts.sum(axis=0))
 
 
 class ShiftNetwork(nn.Module):
@@ -134,15 +139,15 @@ def fit_adaptation(
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    among = groups_of(clips)
-    drawn = rng.choice(len(clips), DRAWS, p=weights / weights.sum())
-    features = np.zeros((DRAWS, logits.shape[1], FEATURES), np.float32)
-    counts = np.zeros(DRAWS, np.float32)
+    among, parts = groups_of(clips), parts_of(logits)
+    drawn = rng.choice(len(clips), DRAWS * len(clips), p=weights / weights.sum())
+    features = np.zeros((len(drawn), logits.shape[1], FEATURES), np.float32)
+    counts = np.zeros(len(drawn), np.float32)
     for row, place in enumerate(drawn):
         kind = rng.choice(KINDS, p=SHARES)
         earlier = draw_history(rng, among[place], labels, kind, int(rng.choice(COUNTS)))
         if len(earlier):
-            features[row] = history_of(logits[earlier]).features()
+            features[row] = history_of(parts[earlier]).features()
             counts[row] = len(earlier)
     seen, number = torch.from_numpy(features), torch.from_numpy(counts)
     plain = torch.from_numpy(logits[drawn]).float()
@@ -150,7 +155,7 @@ def fit_adaptation(
     network = ShiftNetwork()
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     for epoch in range(EPOCHS):
-        for batch in torch.randperm(DRAWS).split(BATCH):
+        for batch in torch.randperm(len(drawn)).split(BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * one_cycle(epoch / EPOCHS)
             shifted = plain[batch] + network(seen[batch], number[batch])
@@ -185,11 +190,11 @@ def adapted(
         Calibrated logits, (N, C).
     """
     rng = np.random.default_rng([seed, KINDS.index(kind), count])
-    shifted = logits.copy()
+    shifted, parts = logits.copy(), parts_of(logits)
     for place, adaptation in enumerate(adaptations):
         earlier = draw_history(rng, among[place], labels, kind, count)
         if len(earlier):
-            shifted[place] += adaptation.shift(history_of(logits[earlier]))
+            shifted[place] += adaptation.shift(history_of(parts[earlier]))
     return shifted
 
 

@@ -16,7 +16,7 @@ from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export import metrics
-from export.adapt import measure
+from export.adapt import KINDS, measure
 from export.corpora import Clip
 from export.errors import CertificateError
 from export.scores import brief, score
@@ -98,7 +98,7 @@ def certify(
     graphs: Path,
     clips: Sequence[Clip],
     masks: Mapping[str, npt.NDArray[np.bool_]],
-    adaptation: Adaptation | None = None,
+    adaptation: Adaptation,
     done: Any = None,
 ) -> dict[str, Any]:
     """Score every graph of a folder on the test clips and compare the INT8 ones with fp32.
@@ -113,25 +113,20 @@ def certify(
 
     Returns:
         ``systems`` by name, each with its graph's SHA-256 and scores, ``gate`` by INT8 graph, and
-        with an adaptation, ``adapted``: what it is worth behind the INT8 graph for x86.
+        ``adapted``, what the adaptation is worth behind the INT8 graph for x86.
     """
     labels = metadata.labels
     answers = {
         name: predict(metadata, graphs / file, clips, done) for name, file in SYSTEMS.items()
     }
     probs = {name: of_graph for name, (of_graph, _) in answers.items()}
-    found: dict[str, Any] = {}
-    if adaptation:
-        kept = set(pooled(clips))
-        where = np.array([place for place, clip in enumerate(clips) if clip in kept])
-        heard = [clips[place] for place in where]
-        true = np.array([labels.index(clip.emotion) for clip in heard])
-        mask = np.stack([masks[clip.corpus] for clip in heard])
-        logits = answers["int8_x86"][1][where]
-        found["adapted"] = measure(
-            logits, [adaptation] * len(heard), heard, true, mask, len(labels)
-        )
-    return found | {
+    kept = set(pooled(clips))
+    where = np.array([place for place, clip in enumerate(clips) if clip in kept])
+    heard = [clips[place] for place in where]
+    true = np.array([labels.index(clip.emotion) for clip in heard])
+    mask = np.stack([masks[clip.corpus] for clip in heard])
+    logits = answers["int8_x86"][1][where]
+    return {
         "labels": list(labels),
         "systems": {
             name: {
@@ -145,6 +140,7 @@ def certify(
             name: compare(probs["fp32"], probs[name], clips, labels)
             for name in ("int8", "int8_x86")
         },
+        "adapted": measure(logits, [adaptation] * len(heard), heard, true, mask, len(labels)),
     }
 
 
@@ -168,11 +164,11 @@ def check_gate(certificate: Mapping[str, Any]) -> None:
 
 
 def draw(certificate: Mapping[str, Any], file: Path) -> None:
-    """Draw the certificate: masked UA by corpus with intervals, and INT8's confusions."""
+    """Draw the certificate: UA by corpus with intervals, INT8's confusions, adaptation."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     systems = {"fp32": "full precision", "int8_x86": "INT8"}
     names = list(certificate["systems"]["fp32"]["corpora"])
     for place, (system, title) in enumerate(systems.items()):
@@ -199,6 +195,20 @@ def draw(certificate: Mapping[str, Any], file: Path) -> None:
         ink = "white" if shares[row, column] > 0.5 else "black"
         right.text(column, row, int(matrix[row, column]), ha="center", va="center", color=ink)
     right.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
+    rows = certificate["adapted"]
+    for kind in KINDS:
+        points = [
+            (row["utterances"], row["pooled_ua"])
+            for row in rows
+            if row["history"] in ("none", kind)
+        ]
+        last.plot(*zip(*points, strict=True), marker="o", label=f"{kind} emotions")
+    last.set_xscale("symlog", linthresh=1)
+    last.set_xticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
+    last.set_xlabel("earlier utterances of the same speaker")
+    last.set_ylabel("pooled unweighted accuracy, INT8")
+    last.set_title("Adapting to the speaker")
+    last.legend()
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
@@ -217,7 +227,7 @@ def make_certificate(
         speech: Whose test clips are scored.
         metadata: Labels, windows and temperature.
         graphs: Folder of the quantization stage.
-        adaptation: The file of the training stage, if there is one.
+        adaptation: The file of the training stage.
         facts: What the certificate says beside the scores.
         folder: Takes the files.
 
@@ -226,7 +236,7 @@ def make_certificate(
     """
     split = speech.split
     with tqdm(total=len(split.test) * len(SYSTEMS)) as bar:
-        network = Adaptation.read(adaptation) if adaptation.exists() else None
+        network = Adaptation.read(adaptation)
         scores = certify(metadata, graphs, split.test, speech.masks, network, bar)
     certificate = {
         "schema_version": metadata.schema_version,

@@ -57,7 +57,7 @@ def make_bundle(
         metadata: All but ``files``.
         graphs: Folder of the full-precision and INT8 graphs.
         certificate: Folder of ``certificate.json`` and ``.png``.
-        adaptation: The file of the training stage, if there is one.
+        adaptation: The file of the training stage.
         folder: Takes the bundle.
 
     Raises:
@@ -70,8 +70,7 @@ def make_bundle(
     write_selftest(graphs, sample, rate_hz, window_s, folder / "selftest.npz")
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
-    if adaptation.exists():
-        shutil.copyfile(adaptation, folder / ADAPTATION)
+    shutil.copyfile(adaptation, folder / ADAPTATION)
     entries = {
         file.name: BundleFile(sha256(file), required=file.name not in OPTIONAL)
         for file in sorted(folder.iterdir())

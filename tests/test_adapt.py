@@ -18,6 +18,7 @@ from export.adapt import (
     groups_of,
     history_of,
     measure,
+    parts_of,
 )
 from export.corpora import Clip
 
@@ -75,11 +76,21 @@ def test_a_history_holds_other_utterances_once_each(kind, count, there, seed):
         assert len(drawn)
 
 
+def test_parts_add_up_to_the_runtimes_history():
+    logits = np.random.default_rng(0).normal(size=(9, 4))
+    history = History.empty(4)
+    for utterance in logits[[5, 2, 8]]:
+        history.add(utterance)
+    found = history_of(parts_of(logits)[[5, 2, 8]])
+    assert found.count == 3
+    np.testing.assert_allclose(found.features(), history.features())
+
+
 def test_the_trained_network_is_the_one_that_the_runtime_applies():
     torch.manual_seed(0)
     network = ShiftNetwork()
     torch.nn.init.normal_(network.last)
-    history = history_of(np.random.default_rng(0).normal(size=(6, 4)))
+    history = history_of(parts_of(np.random.default_rng(0).normal(size=(6, 4))))
     seen = torch.from_numpy(history.features()).float()[None]
     with torch.no_grad():
         expected = network(seen, torch.tensor([6.0]))[0]
@@ -144,7 +155,7 @@ def test_a_clip_without_others_is_answered_as_it_is():
 
 
 def test_the_same_seed_gives_the_same_network(monkeypatch):
-    monkeypatch.setattr(adapt, "DRAWS", 300)
+    monkeypatch.setattr(adapt, "EPOCHS", 2)
     clips, labels, logits = voices(4, seed=3)
     mask, weights = np.ones((len(clips), 3), bool), np.ones(len(clips))
     one, two, other = (

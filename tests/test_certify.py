@@ -7,6 +7,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from edge_ser import Recognizer
+from edge_ser.adaptation import FEATURES, Adaptation
 from edge_ser.bundle import Bundle, sha256
 from edge_ser.testing import make_bundle
 from export.certify import certify, check_gate, compare, draw, predict
@@ -15,6 +16,7 @@ from export.errors import CertificateError
 from tests.speech_corpus import LABELS, LACKS, make_corpora
 
 TWO = ("anger", "fear")
+NETWORK = Adaptation(np.ones((FEATURES + 1, 1)), np.ones((2, 1)), np.ones(1), half=4.0)
 
 
 def clips(emotions, corpus="nemo"):
@@ -146,7 +148,7 @@ def test_predict_is_what_the_runtime_predicts(bundle, corpora):
 
 def test_every_graph_is_scored_and_named_by_its_hash(bundle, corpora):
     heard = load_corpora(corpora, ["nemo", "turev"])
-    found = certify(bundle.metadata, bundle.path, heard, label_mask(heard, LABELS))
+    found = certify(bundle.metadata, bundle.path, heard, label_mask(heard, LABELS), NETWORK)
     assert found["labels"] == list(LABELS)
     files = {name: system["graph"] for name, system in found["systems"].items()}
     assert files == {
@@ -171,16 +173,16 @@ def test_a_graph_that_answers_otherwise_misses_the_gate(bundle, corpora, tmp_pat
     gain = graphs / "model_int8.bin"
     gain.write_bytes(np.array([0, 400, 0], "<f4").tobytes())  # happiness, whatever is heard
     heard = load_corpora(corpora, ["nemo", "turev"])
-    found = certify(bundle.metadata, graphs, heard, label_mask(heard, LABELS))
+    found = certify(bundle.metadata, graphs, heard, label_mask(heard, LABELS), NETWORK)
     assert found["gate"]["int8"]["labels_equal"] < 0.5
     assert not found["gate"]["int8"]["passed"]
 
 
 def test_the_certificate_is_drawn(bundle, corpora, tmp_path):
     heard = load_corpora(corpora, ["nemo", "turev"])
-    found = certify(bundle.metadata, bundle.path, heard, label_mask(heard, LABELS))
+    found = certify(bundle.metadata, bundle.path, heard, label_mask(heard, LABELS), NETWORK)
     draw(found, tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert image.format == "PNG"
-        assert image.size == (1100, 420)
+        assert image.size == (1500, 420)
         assert len(np.unique(np.asarray(image.convert("L")))) > 20

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from edge_ser import Recognizer, audio
-from edge_ser.bundle import Bundle, sha256
+from edge_ser.adaptation import FEATURES, Adaptation
+from edge_ser.bundle import ADAPTATION, Bundle, sha256
 from edge_ser.cli import main
 from edge_ser.samples import sample_paths
 from edge_ser.testing import make_bundle as make_plain_bundle
@@ -38,8 +39,10 @@ def system(offset):
 CERTIFICATE = {
     "systems": {"fp32": system(0.0), "int8": system(0.3), "int8_x86": system(0.01)},
     "gate": {"int8_x86": {"labels_equal": 0.98765, "ua_kept": 0.99123}},
+    "adapted": [{"history": "balanced", "utterances": 20, "pooled_ua": 0.7654}],
     "seed": 7,
 }
+NETWORK = Adaptation(np.ones((FEATURES + 1, 1)), np.ones((2, 1)), np.ones(1), half=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +66,15 @@ def bundle(graphs, tmp_path_factory):
     (certificate / "stage.json").write_text("{}")
     made = tmp_path_factory.mktemp("made") / "bundle"
     made.mkdir()
-    make_bundle(metadata, folder, certificate, made)
+    (certificate / ADAPTATION).write_text(json.dumps(NETWORK.to_json()))
+    make_bundle(metadata, folder, certificate, certificate / ADAPTATION, made)
     return made
 
 
 def test_a_bundle_holds_what_the_runtime_needs_and_nothing_else(bundle):
     assert sorted(file.name for file in bundle.iterdir()) == [
         "README.md",
+        "adaptation.json",
         "certificate.json",
         "certificate.png",
         "metadata.json",
@@ -82,8 +87,8 @@ def test_a_bundle_holds_what_the_runtime_needs_and_nothing_else(bundle):
     files = Bundle.open(bundle).metadata.files
     for name, entry in files.items():
         assert entry.sha256 == sha256(bundle / name)
-        assert entry.required == (name != "model.onnx")
-    assert len(files) == 8
+        assert entry.required == (name not in ("model.onnx", "adaptation.json"))
+    assert len(files) == 9
 
 
 def test_a_recognizer_opens_it_and_answers(bundle, graphs):
@@ -91,6 +96,7 @@ def test_a_recognizer_opens_it_and_answers(bundle, graphs):
     prediction = recognizer.predict(sample_paths()[0])
     assert tuple(prediction.probs) == LABELS
     assert recognizer.metadata.name == "small"
+    assert recognizer.adapt().predict(sample_paths()[0]) == prediction
     assert (
         Recognizer.load(bundle, precision="fp32").predict(sample_paths()[0]).graph == "model.onnx"
     )
@@ -155,6 +161,9 @@ def test_the_card_has_the_table_of_the_certificate(graphs):
         "| nemo | 12 | 2 | 0.800 (0.700 to 0.850) | 0.790 (0.690 to 0.840) |",
         "| urdu | 3 | 1 | 0.500 (0.400 to 0.550) | 0.490 (0.390 to 0.540) |",
         "| pooled, all labels | 15 | | 0.700 (0.600 to 0.750) | 0.690 (0.590 to 0.740) |",
+        "| earlier utterances | how many | pooled UA |",
+        "|---|---|---|",
+        "| balanced | 20 | 0.765 |",
     ]
     assert "the same label as full precision on 98.8% of the clips and keeps 99.1%" in card
     assert "Seed 7." in card
