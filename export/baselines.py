@@ -147,7 +147,7 @@ def state_statistics(
     """
     windows: dict[int, list[torch.Tensor]] = {}
     for view in views:
-        if view.number == 0:
+        if view.number == 0 and view.clip < len(clips):
             states = lift(torch.from_numpy(view.arrays["states"])[None])[0]
             windows.setdefault(view.clip, []).append(states)
     found = {}

@@ -24,6 +24,7 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
         f"{cell(int8['pooled']['ua'])} |"
     )
     gate = certificate["gate"]["int8_x86"]
+    no_speech = certificate["nonspeech"]
     adapted = [
         f"| {row['history']} | {row['utterances']} | {row['pooled_ua']:.3f} |"
         for row in certificate["adapted"]
@@ -69,6 +70,9 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
             "| earlier utterances | how many | pooled UA |",
             "|---|---|---|",
             *adapted,
+            "",
+            f"Of {no_speech['minutes']} minutes of noise, tones like music, hum and silence, "
+            f"{no_speech['uncertain']:.1%} were called uncertain.",
             "",
             "## Limits",
             "",

@@ -16,15 +16,19 @@ from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export import metrics
-from export.adapt import KINDS, measure
+from export.adapt import KINDS as HISTORIES
+from export.adapt import measure
 from export.corpora import Clip
 from export.errors import CertificateError
+from export.nonspeech import KINDS, sound
 from export.scores import brief, score
 from export.speech import Speech
 from export.splits import pooled, speakers
 
 UA_KEPT = 0.99  # of the pooled UA of full precision, as MLPerf Inference asks of quantized models
 LABELS_EQUAL = 0.98  # of the clips
+
+NONSPEECH_MINUTES = 10
 
 SYSTEMS = {"fp32": "model.onnx", "int8": "model_int8.onnx", "int8_x86": "model_int8_x86.onnx"}
 
@@ -113,7 +117,8 @@ def certify(
 
     Returns:
         ``systems`` by name, each with its graph's SHA-256 and scores, ``gate`` by INT8 graph, and
-        ``adapted``, what the adaptation is worth behind the INT8 graph for x86.
+        behind the INT8 graph for x86 ``adapted``, what the adaptation is worth, and ``nonspeech``,
+        what `doubts` says.
     """
     labels = metadata.labels
     answers = {
@@ -141,6 +146,38 @@ def certify(
             for name in ("int8", "int8_x86")
         },
         "adapted": measure(logits, [adaptation] * len(heard), heard, true, mask, len(labels)),
+        "nonspeech": doubts(metadata, graphs / SYSTEMS["int8_x86"]),
+    }
+
+
+def doubts(metadata: Metadata, graph: Path, seconds: float = 4.0) -> dict[str, Any]:
+    """Say how much of what is no speech is called uncertain.
+
+    Args:
+        metadata: Labels, windows, temperature and threshold.
+        graph: The ONNX file.
+        seconds: Length of a sound.
+
+    Returns:
+        ``minutes``, the share that is ``uncertain``, the same ``by_kind``, and the highest
+        ``confidence``.
+    """
+    recognizer = Recognizer(metadata, OnnxEngine(graph))
+    rate_hz = metadata.sample_rate_hz
+    count = round(NONSPEECH_MINUTES * 60 / seconds)
+    found: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    highest = 0.0
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        # Training hears seeds from 0 on.
+        prediction = recognizer.predict(sound(kind, 10**6 + number, seconds, rate_hz), rate_hz)
+        found[kind].append(prediction.uncertain)
+        highest = max(highest, prediction.confidence)
+    return {
+        "minutes": NONSPEECH_MINUTES,
+        "uncertain": float(np.mean([one for of_kind in found.values() for one in of_kind])),
+        "by_kind": {kind: float(np.mean(of_kind)) for kind, of_kind in found.items()},
+        "confidence": highest,
     }
 
 
@@ -196,7 +233,7 @@ def draw(certificate: Mapping[str, Any], file: Path) -> None:
         right.text(column, row, int(matrix[row, column]), ha="center", va="center", color=ink)
     right.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
     rows = certificate["adapted"]
-    for kind in KINDS:
+    for kind in HISTORIES:
         points = [
             (row["utterances"], row["pooled_ua"])
             for row in rows
@@ -251,4 +288,5 @@ def make_certificate(
     draw(certificate, folder / "certificate.png")
     for name, system in certificate["systems"].items():
         tqdm.write(f"test, {name}: {brief(system)}")
+    tqdm.write(f"no speech: {certificate['nonspeech']['uncertain']:.1%} uncertain")
     check_gate(certificate)

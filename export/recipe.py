@@ -106,6 +106,7 @@ class Train:
         tuned_rate: Peak learning rate of the uppermost layer.
         layer_decay: Factor of it from layer to layer downwards.
         hold: Share of the training after which the layers begin to learn; before, only the head.
+        nonspeech: Sounds that are no speech (see `export.nonspeech`), heard with the clips.
         folds: Heads that are trained beside the one that is shipped, each without some of the
             speakers: their answers set the temperature, the threshold and the adaptation.
     """
@@ -125,6 +126,7 @@ class Train:
     tuned_rate: float = 3e-4
     layer_decay: float = 0.7
     hold: float = 0.2
+    nonspeech: int = 0
     folds: int = 4
 
 

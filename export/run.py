@@ -31,7 +31,7 @@ from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
 from export.stage import discard, fingerprint, run_stage
-from export.views import Compute, make_views
+from export.views import Compute, make_sound_views, make_views
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Run:
         window_s = recipe.windows.window_s
         load = partial(encode_states, recipe.encoder, self.weights, window_s, tuned)
         reads = {"pretrained": self._pretrained(), "encoder": recipe.encoder, "tuned": tuned}
-        features = self._views("features", recipe.train.views, reads, load)
+        features = self._views("features", recipe.train.views, reads, load, recipe.train.nonspeech)
         if recipe.folds:
             return [features]
         make = partial(make_baselines, speech, self.weights, features.folder)
@@ -143,14 +143,23 @@ class Run:
         return [features, baselines]
 
     def _views(
-        self, name: str, most: int, reads: dict[str, Any], load: Callable[[], Compute]
+        self,
+        name: str,
+        most: int,
+        reads: dict[str, Any],
+        load: Callable[[], Compute],
+        nonspeech: int = 0,
     ) -> Stage:
         speech = self.speech
         views = speech.views(most)
         reads = {"speech": speech.key, "cutting": speech.cutting, "views": views, **reads}
+        reads["nonspeech"] = nonspeech
 
         def make(folder: Path) -> None:
             make_views(folder, speech.clips, views, speech.cutting, load)
+            if nonspeech:
+                first = len(speech.clips)
+                make_sound_views(folder, first, nonspeech, speech.cutting, load())
 
         return Stage(name, self.home / name, None, reads, make)
 

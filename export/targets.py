@@ -16,7 +16,7 @@ class Targets:
     """What the clips are, as tensors.
 
     Attributes:
-        label: int64 ``(N,)``.
+        label: int64 ``(N,)``; -1 is a sound that is no speech.
         mask: The labels that the clip's corpus has, bool ``(N, C)``.
         group: Number of the clip's corpus and label, int64 ``(N,)``.
     """
@@ -26,14 +26,16 @@ class Targets:
     group: Tensor
 
     @classmethod
-    def of(cls, speech: Speech) -> "Targets":
-        """Read them off all clips of a recipe."""
+    def of(cls, speech: Speech, nonspeech: int = 0) -> "Targets":
+        """Read them off all clips of a recipe, and so many sounds that are none behind these."""
         masks = np.stack([speech.masks[clip.corpus] for clip in speech.clips])
         labels = [speech.labels.index(clip.emotion) for clip in speech.clips]
         pairs = [(clip.corpus, clip.emotion) for clip in speech.clips]
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        groups = torch.tensor([numbers[pair] for pair in pairs])
-        return cls(torch.tensor(labels), torch.from_numpy(masks), groups)
+        groups = torch.tensor([numbers[pair] for pair in pairs] + [len(numbers)] * nonspeech)
+        label = torch.tensor(labels + [-1] * nonspeech)
+        mask = torch.cat([torch.from_numpy(masks), torch.ones(nonspeech, masks.shape[1]) > 0])
+        return cls(label, mask, groups)
 
     def weights(self, chosen: Sequence[int], balance: float) -> Tensor:
         """Return the weight of every clip in the loss, ``(N,)``.
@@ -49,9 +51,13 @@ class Targets:
 
 
 def smoothed(label: Tensor, mask: Tensor, smoothing: float) -> Tensor:
-    """Return target probs ``(N, C)``: the label, smoothed over the labels of its corpus."""
-    one_hot = functional.one_hot(label, mask.shape[1]).float()
-    return one_hot * (1 - smoothing) + smoothing * mask / mask.sum(dim=1, keepdim=True)
+    """Return target probs ``(N, C)``: the label, smoothed over the labels of its corpus.
+
+    What is no speech, label -1, gets all labels alike.
+    """
+    one_hot = functional.one_hot(label.clamp(min=0), mask.shape[1]).float()
+    share = torch.where(label < 0, 1.0, smoothing)[:, None]
+    return one_hot * (1 - share) + share * mask / mask.sum(dim=1, keepdim=True)
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:

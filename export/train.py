@@ -239,8 +239,9 @@ def fit_head(
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     head = trained_part(speech.recipe, new_classifier(speech.recipe, weights))
-    targets = Targets.of(speech)
-    train_head(head, views, targets, chosen, settings, seed=seed, folder=folder)
+    targets = Targets.of(speech, settings.nonspeech)
+    sounds = range(len(speech.clips), len(speech.clips) + settings.nonspeech)
+    train_head(head, views, targets, [*chosen, *sounds], settings, seed=seed, folder=folder)
     if settings.ridge:
         assert isinstance(head, CnnHead)  # a recipe with both is refused
         factor = add_ridge(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from edge_ser.recognizer import windows
 from export.augment import Augmentation, augment
 from export.corpora import Clip, read_samples
+from export.nonspeech import KINDS, sound
 from export.recipe import Windows
 from export.workers import workers
 
@@ -88,6 +89,27 @@ def make_views(
         ]
         for done in pool.map(_make_shard, jobs):
             bar.update(done)
+
+
+def make_sound_views(
+    folder: Path, first: int, count: int, cutting: Cutting, compute: Compute
+) -> None:
+    """Compute the same of sounds that are no speech: one view of each, number 0.
+
+    Args:
+        folder: Takes one ``.npz`` file.
+        first: What `View.clip` counts the first sound as: the number of clips.
+        count: How many sounds.
+        cutting: Rate and longest window.
+        compute: What `make_views` loads.
+    """
+    arrays: Arrays = {}
+    for number in range(count):
+        seconds = np.random.default_rng(number).uniform(0.5, cutting.windows.window_s)
+        samples = sound(KINDS[number % len(KINDS)], number, seconds, cutting.rate_hz)
+        for name, array in compute(samples).items():
+            arrays[f"{first + number}_0_0/{name}"] = array
+    np.savez(folder / "views_nonspeech.npz", **arrays)
 
 
 def load_views(folder: Path) -> list[View]:

@@ -40,6 +40,7 @@ CERTIFICATE = {
     "systems": {"fp32": system(0.0), "int8": system(0.3), "int8_x86": system(0.01)},
     "gate": {"int8_x86": {"labels_equal": 0.98765, "ua_kept": 0.99123}},
     "adapted": [{"history": "balanced", "utterances": 20, "pooled_ua": 0.7654}],
+    "nonspeech": {"minutes": 10, "uncertain": 0.9642},
     "seed": 7,
 }
 NETWORK = Adaptation(np.ones((FEATURES + 1, 1)), np.ones((2, 1)), np.ones(1), half=4.0)
@@ -167,6 +168,7 @@ def test_the_card_has_the_table_of_the_certificate(graphs):
     ]
     assert "the same label as full precision on 98.8% of the clips and keeps 99.1%" in card
     assert "Seed 7." in card
+    assert "96.4% were called uncertain" in card
 
 
 def test_the_card_names_corpora_and_languages(graphs):
