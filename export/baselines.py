@@ -27,7 +27,7 @@ from export.corpora import Clip, label_mask, read_samples
 from export.errors import CorpusError
 from export.frontend import LogMel
 from export.metrics import Floats, confusion, masked_argmax, ua
-from export.model import frozen_states, new_classifier
+from export.model import lift, new_classifier
 from export.scores import score
 from export.speech import Speech
 from export.splits import out_of_fold, speakers
@@ -131,7 +131,7 @@ def mfcc_svm(
 
 
 def state_statistics(
-    views: Sequence[View], clips: Sequence[Clip], lift: Callable[[Tensor], Tensor]
+    views: Sequence[View], clips: Sequence[Clip], pretrained: Callable[[Tensor], Tensor]
 ) -> Statistics:
     """Return mean and standard deviation over the frames of each clip's hidden states.
 
@@ -140,7 +140,7 @@ def state_statistics(
     Args:
         views: With `states` (S, F, D); only those of number 0, all windows of a clip, are read.
         clips: In the order that `View.clip` counts.
-        lift: `export.model.frozen_states`: makes of the cached states those of the encoder.
+        pretrained: `export.model.lift` of the network before training.
 
     Returns:
         float32 (S, 2 D) for each clip.
@@ -148,7 +148,7 @@ def state_statistics(
     windows: dict[int, list[torch.Tensor]] = {}
     for view in views:
         if view.number == 0 and view.clip < len(clips):
-            states = lift(torch.from_numpy(view.arrays["states"])[None])[0]
+            states = pretrained(torch.from_numpy(view.arrays["states"])[None])[0]
             windows.setdefault(view.clip, []).append(states)
     found = {}
     for place, parts in windows.items():
@@ -286,8 +286,8 @@ def make_baselines(speech: Speech, weights: Path | None, features: Path, folder:
         folder: Takes the file.
     """
     heard = (speech.split.train, speech.split.test, speech.split.validation)
-    lift = frozen_states(speech.recipe, new_classifier(speech.recipe, weights))
-    states = state_statistics(load_views(features), speech.clips, lift)
+    pretrained = lift(speech.recipe, new_classifier(speech.recipe, weights))
+    states = state_statistics(load_views(features), speech.clips, pretrained)
     probe = linear_probe(states, speech.labels, *heard)
     svm = mfcc_svm(mfcc_statistics(speech.clips), speech.labels, *heard)
     found = {

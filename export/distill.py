@@ -14,13 +14,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.confidence import write_confidence
-from export.encoders import load_encoder
+from export.encoders import encode_states, load_encoder
 from export.encoders.mel import frames_of
-from export.model import Classifier, load_classifier, new_classifier
+from export.model import Classifier, lift, load_classifier, new_classifier
 from export.recipe import Distill, EncoderChoice, Recipe
 from export.spectrogram import hide, warp
 from export.speech import Speech
-from export.targets import Targets, masked_cross_entropy
+from export.targets import Targets, masked_cross_entropy, smoothed
 from export.train import (
     CHECKPOINT,
     WeightAverage,
@@ -33,35 +33,64 @@ from export.train import (
 from export.views import Arrays, Compute, Samples, View, load_views
 from export.workers import workers
 
+TEACHERS = {"choice": "fold0", "refit": "whole"}
+"""Which of the teacher's trained networks each student learns from: the first student is judged on
+the validation speakers, so its teacher has not heard them either."""
+
 
 def load_teacher(
     recipe: Recipe, weights: Path | None, trained: Path, student: EncoderChoice
 ) -> Compute:
-    """Return what computes the student's features of a window, and its teacher's answers.
+    """Return what computes the student's features of a window, and its teachers' answers.
 
     Args:
-        recipe: The teacher's.
+        recipe: The teachers'.
         weights: Folder of pretrained checkpoints.
-        trained: The teacher's ``model.safetensors``.
+        trained: The folder of the teachers' training stage.
         student: The student's encoder.
     """
-    teacher = load_classifier(recipe, weights, trained)
+    teachers = {
+        name: load_classifier(recipe, weights, trained / part / "model.safetensors")
+        for name, part in TEACHERS.items()
+    }
+    # Below what is tuned, all of them are the pretrained encoder.
+    below = encode_states(recipe.encoder, weights, recipe.windows.window_s, tuned_layers(recipe))
     stem = load_encoder(student, weights, recipe.windows.window_s).stem
 
     @torch.no_grad()
     def answer(samples: Samples) -> Arrays:
         window = torch.from_numpy(samples)[None]
-        states = teacher.encoder(window)
-        logits, embedding = teacher.head(states)
-        frames = teacher.head.convolve(teacher.head.mix(states))
-        return {
-            "features": stem.features(window)[0].numpy().astype(np.float16),  # (mels, F at 100 Hz)
-            "frames": frames[0].numpy().astype(np.float16),  # (D, F at 25 Hz)
-            "logits": logits[0].numpy(),
-            "embedding": embedding[0].numpy(),
-        }
+        # (mels, F at 100 Hz)
+        arrays: Arrays = {"features": stem.features(window)[0].numpy().astype(np.float16)}
+        cached = torch.from_numpy(below(samples)["states"])[None].float()
+        for name, teacher in teachers.items():
+            states = lift(recipe, teacher)(cached)
+            logits, embedding = teacher.head(states)
+            frames = teacher.head.convolve(teacher.head.mix(states))
+            arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
+            arrays[f"{name}_logits"] = logits[0].numpy()
+            arrays[f"{name}_embedding"] = embedding[0].numpy()
+        return arrays
 
     return answer
+
+
+def tuned_layers(recipe: Recipe) -> int:
+    """Return how many layers of a teacher are tuned."""
+    assert recipe.train  # teachers are trained, not distilled
+    return recipe.train.tuned
+
+
+def taught_by(name: str, views: Sequence[View]) -> list[View]:
+    """Return views with the answers of one of `TEACHERS`: features, frames, logits, embedding."""
+    return [
+        View(
+            view.clip,
+            view.number,
+            {key.removeprefix(f"{name}_"): array for key, array in view.arrays.items()},
+        )
+        for view in views
+    ]
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -101,7 +130,7 @@ def distill(
 
     Args:
         student: With a `MelEncoder`; holds the averaged weights afterwards.
-        views: Of all clips, as `load_teacher` computes them.
+        views: Of all clips, as `taught_by` returns them.
         targets: Of all clips.
         chosen: The clips to train on, as positions in ``targets``.
         settings: The recipe's.
@@ -152,8 +181,7 @@ def distill(
                 student,
                 translate,
                 [picked[i] for i in batch],
-                functional.one_hot(targets.label[clips], targets.mask.shape[1])
-                * weights[clips, None],
+                smoothed(targets.label[clips], targets.mask[clips], 0.0) * weights[clips, None],
                 targets.mask[clips],
                 settings,
                 mixing,
@@ -232,14 +260,19 @@ def fit_student(
     seed: int,
     folder: Path,
 ) -> None:
-    """Train a student on some clips, to ``model.safetensors``; resumes what lies in ``folder``."""
+    """Train a student on some clips, to ``model.safetensors``; resumes what lies in ``folder``.
+
+    The folder's name is the student's, one of `TEACHERS`.
+    """
     settings = speech.recipe.distill
     assert settings  # only recipes with [distill] have this stage
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     student = new_classifier(speech.recipe, weights)
-    views = load_views(targets)
-    distill(student, views, Targets.of(speech), chosen, settings, seed=seed, folder=folder)
+    views = taught_by(folder.name, load_views(targets))
+    known = Targets.of(speech, settings.nonspeech)
+    sounds = range(len(speech.clips), len(speech.clips) + settings.nonspeech)
+    distill(student, views, known, [*chosen, *sounds], settings, seed=seed, folder=folder)
     save_file(student.state_dict(), folder / "model.safetensors")
 
 

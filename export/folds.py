@@ -13,7 +13,7 @@ from export.confidence import clip_probs
 from export.corpora import Clip
 from export.crossfit import answer_folds, make_adaptation
 from export.metrics import Floats
-from export.model import frozen_states, new_classifier
+from export.model import lift, new_classifier
 from export.scores import brief, score
 from export.speech import Speech
 from export.splits import folds, out_of_fold
@@ -37,8 +37,8 @@ def make_folds(
     clips = speech.clips
     fold = folds(clips, settings.k, settings.seed)
     logits = answer_folds(speech, weights, features, clips, fold, seed, folder)
-    lift = frozen_states(speech.recipe, new_classifier(speech.recipe, weights))
-    statistics = state_statistics(load_views(features), clips, lift)
+    pretrained = lift(speech.recipe, new_classifier(speech.recipe, weights))
+    statistics = state_statistics(load_views(features), clips, pretrained)
 
     def by_probe(train: tuple[Clip, ...], held_out: tuple[Clip, ...]) -> Floats:
         return linear_probe(statistics, speech.labels, train, held_out).scores

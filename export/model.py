@@ -62,8 +62,8 @@ def trained_part(recipe: Recipe, model: Classifier) -> nn.Module:
     return TunedHead(model.encoder.layers[-recipe.train.tuned :], model.encoder.states, model.head)
 
 
-def frozen_states(recipe: Recipe, model: Classifier) -> Callable[[Tensor], Tensor]:
-    """Return what makes of cached states ``(N, S, F, D)`` those of the encoder before training."""
+def lift(recipe: Recipe, model: Classifier) -> Callable[[Tensor], Tensor]:
+    """Return what makes of cached states ``(N, S, F, D)`` those that the network's head sees."""
     assert recipe.train  # only such recipes cache states
     tuned = recipe.train.tuned
     if not tuned:
@@ -71,10 +71,10 @@ def frozen_states(recipe: Recipe, model: Classifier) -> Callable[[Tensor], Tenso
     layers, count = model.encoder.layers[-tuned:], model.encoder.states
 
     @torch.no_grad()
-    def lift(states: Tensor) -> Tensor:
+    def through(states: Tensor) -> Tensor:
         return upper_states(layers, states[:, 0].float(), count)
 
-    return lift
+    return through
 
 
 def load_classifier(recipe: Recipe, weights: Path | None, trained: Path) -> Classifier:

@@ -154,6 +154,7 @@ class Distill:
             `export.spectrogram.warp`).
         mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
         mask_s: Longest stretch that SpecAugment hides, in seconds.
+        nonspeech: As in Train.
         refit: Train a second student on train and validation together, with the same settings and
             at the same time; that one is shipped, the first one sets temperature and threshold.
     """
@@ -175,6 +176,7 @@ class Distill:
     warp: float = 0.15
     mask_mels: int = 12
     mask_s: float = 0.2
+    nonspeech: int = 0
     refit: bool = True
 
 

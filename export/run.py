@@ -21,7 +21,7 @@ from edge_ser.bundle import ADAPTATION
 from export.baselines import make_baselines
 from export.certify import make_certificate
 from export.crossfit import make_heads
-from export.distill import load_teacher, make_student
+from export.distill import TEACHERS, load_teacher, make_student
 from export.encoders import encode_states
 from export.errors import RecipeError
 from export.folds import make_folds
@@ -126,8 +126,10 @@ class Run:
         if recipe.distill:
             teacher, trained = self._teacher()
             load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder)
-            reads = {"teacher": fingerprint([trained]), "pretrained": self._pretrained()}
-            return [self._views("targets", recipe.distill.views, reads, load)]
+            files = [trained / part / "model.safetensors" for part in TEACHERS.values()]
+            reads = {"teacher": fingerprint(files), "pretrained": self._pretrained()}
+            settings = recipe.distill
+            return [self._views("targets", settings.views, reads, load, settings.nonspeech)]
         assert recipe.train  # a recipe has either [train] or [distill]
         tuned = recipe.train.tuned
         window_s = recipe.windows.window_s
@@ -237,24 +239,25 @@ class Run:
 
         A student's own answers for speakers whom it has not heard are too few to learn one.
         """
-        home = self._teacher()[1].parent if self.recipe.distill else self.folder / "train"
+        home = self._teacher()[1] if self.recipe.distill else self.folder / "train"
         return home / ADAPTATION
 
     def _metadata(self) -> Any:
         teacher = None
         if self.recipe.distill:
             recipe, trained = self._teacher()
-            teacher = {"name": recipe.name, "sha256": fingerprint([trained])}
+            sha256 = fingerprint([trained / "model.safetensors"])
+            teacher = {"name": recipe.name, "sha256": sha256}
         confidence = _read_json(self.folder / "train" / "confidence.json")
         return describe(self.speech, confidence, teacher)
 
     def _teacher(self) -> tuple[Recipe, Path]:
-        """Return the teacher's recipe and its trained weights, which must be there."""
+        """Return the teacher's recipe and the folder of its training, which must be there."""
         assert self.recipe.distill  # only such recipes have a teacher
         path = self.path.parent / self.recipe.distill.teacher
         recipe = read_recipe(path)
-        trained = self.out / recipe.name / "seed0" / "train" / "model.safetensors"
-        if not trained.is_file():
+        trained = self.out / recipe.name / "seed0" / "train"
+        if not (trained / "model.safetensors").is_file():
             raise RecipeError(f"no teacher {str(trained)!r}; run {path} with the same --out first")
         return recipe, trained
 

@@ -7,12 +7,20 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import nn
 
-from export.distill import _loss, distill, load_teacher, soft_loss, stack
+from export.distill import (
+    TEACHERS,
+    _loss,
+    distill,
+    load_teacher,
+    soft_loss,
+    stack,
+    taught_by,
+)
 from export.encoders import load_encoder
 from export.encoders.mel import MelEncoder
 from export.encoders.whisper import WhisperStem
 from export.heads import CnnHead
-from export.model import Classifier, load_classifier
+from export.model import Classifier, load_classifier, new_classifier, trained_part
 from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
 from export.targets import Targets
 from export.train import CHECKPOINT
@@ -55,28 +63,47 @@ def recipe(**parts):
     return Recipe("r", data, Windows(1.0, 0.5), head=HeadChoice(width=8), **parts)
 
 
-def test_a_teacher_answers_as_its_network_does(tmp_path):
+@pytest.mark.parametrize("tuned", [0, 2])
+def test_each_student_hears_its_own_teacher(tmp_path, tuned):
     from safetensors.torch import save_file
 
     make_whisper(tmp_path / "small")
-    teacher = recipe(encoder=EncoderChoice("whisper", 2, "small"), train=Train(1))
-    torch.manual_seed(0)
-    save_file(CnnHead(3, 32, 3, width=8).state_dict(), tmp_path / "model.safetensors")
+    teacher = recipe(encoder=EncoderChoice("whisper", 2, "small"), train=Train(1, tuned=tuned))
+    for seed, part in enumerate(("fold0", "whole")):
+        torch.manual_seed(seed)
+        network = new_classifier(teacher, tmp_path)
+        with torch.no_grad():
+            for layer in network.encoder.layers[2 - tuned :]:
+                layer.fc1.bias.add_(0.3 * (seed + 1))
+        (tmp_path / part).mkdir()
+        state = trained_part(teacher, network).state_dict()
+        save_file(state, tmp_path / part / "model.safetensors")
     samples = voice(1000.0, 120.0, 0.8, 0) * 9  # beyond 1.0, as a gain can make it
-    trained = tmp_path / "model.safetensors"
     student = EncoderChoice("mel", 1, "small", width=8)
-    found = load_teacher(teacher, tmp_path, trained, student)(samples)
-    network = load_classifier(teacher, tmp_path, trained)
-    pooled = []
-    network.head.pool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
-    with torch.no_grad():
-        window = torch.from_numpy(samples)[None]
-        logits, embedding = network(window)
-        features = load_encoder(student, tmp_path, 1.0).stem.features(window)
-    np.testing.assert_array_equal(found["logits"], logits[0])
-    np.testing.assert_array_equal(found["embedding"], embedding[0])
-    np.testing.assert_array_equal(found["frames"], pooled[0][0].numpy().astype(np.float16))
-    np.testing.assert_array_equal(found["features"], features[0].numpy().astype(np.float16))
+    answer = load_teacher(teacher, tmp_path, tmp_path, student)
+    view = View(3, 1, answer(samples))
+    window = torch.from_numpy(samples)[None]
+    found = {}
+    for name, part in TEACHERS.items():
+        (taught,) = taught_by(name, [view])
+        assert (taught.clip, taught.number) == (3, 1)
+        network = load_classifier(teacher, tmp_path, tmp_path / part / "model.safetensors")
+        pooled = []
+        network.head.pool.register_forward_pre_hook(
+            lambda _, inputs, kept=pooled: kept.append(inputs[0])
+        )
+        with torch.no_grad():
+            logits, embedding = network(window)
+            features = load_encoder(student, tmp_path, 1.0).stem.features(window)
+        close = {"atol": 5e-3}  # what is cached was rounded to half precision
+        np.testing.assert_allclose(taught.arrays["logits"], logits[0], **close)
+        np.testing.assert_allclose(taught.arrays["embedding"], embedding[0], **close)
+        np.testing.assert_allclose(taught.arrays["frames"], pooled[0][0], **close)
+        np.testing.assert_array_equal(
+            taught.arrays["features"], features[0].numpy().astype(np.float16)
+        )
+        found[name] = logits
+    assert (found["choice"] - found["refit"]).abs().max() > 0.05
 
 
 def toy(clips=36):
@@ -192,8 +219,11 @@ def test_a_stopped_training_keeps_the_time_it_has_spent(tmp_path):
     distill(resumed, views, targets, list(range(24)), SETTINGS, seed=0, folder=tmp_path)
     after = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert (after["epoch"], after["spent_s"]) == (4, 3.0)
-    for name, weight in resumed.named_parameters():
-        assert torch.equal(weight, before["average"][name]), name
+    weights = dict(resumed.named_parameters())
+    learned = {name for name, weight in weights.items() if weight.requires_grad}
+    assert before["average"].keys() == learned != weights.keys()  # the stem is as it was
+    for name in learned:
+        assert torch.equal(weights[name], before["average"][name]), name
 
 
 def test_no_time_is_left_after_the_last_epoch(tmp_path):

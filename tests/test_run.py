@@ -474,7 +474,7 @@ def test_a_missing_weight_is_one_line(copy, capsys, monkeypatch):
 
 def test_a_teacher_that_was_not_run_is_one_line(copy, capsys):
     shutil.rmtree(copy / "out" / "teacher")
-    trained = copy / "out" / "teacher" / "seed0" / "train" / "model.safetensors"
+    trained = copy / "out" / "teacher" / "seed0" / "train"
     assert failure(capsys, copy, "student") == (
         f"no teacher {str(trained)!r}; run {copy / 'teacher.toml'} with the same --out first"
     )

@@ -4,7 +4,7 @@ import torch
 from export.encoders.whisper import WhisperEncoder, upper_states
 from export.errors import RecipeError
 from export.heads import CnnHead
-from export.model import Classifier, frozen_states, trained_part
+from export.model import Classifier, lift, trained_part
 from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
 from export.train import WeightAverage, schedule
 from export.tune import TunedHead, pairs, parameter_groups
@@ -43,14 +43,14 @@ def test_what_lies_below_and_what_is_tuned_are_together_the_network(model):
     assert below.shape == (2, 40, 16)  # 0.8 s at 50 Hz
     for found, expected in zip(tuned(below[:, None]), model(SAMPLES), strict=True):
         torch.testing.assert_close(found, expected)
-    lifted = frozen_states(recipe(tuned=2), model)(below[:, None])
+    lifted = lift(recipe(tuned=2), model)(below[:, None])
     torch.testing.assert_close(lifted, model.encoder(SAMPLES))
 
 
 def test_without_tuned_layers_the_head_is_all_that_is_trained(model):
     assert trained_part(recipe(), model) is model.head
     states = torch.randn(1, 3, 4, 16)
-    assert frozen_states(recipe(), model)(states) is states
+    assert lift(recipe(), model)(states) is states
 
 
 @torch.no_grad()
