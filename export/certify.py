@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
@@ -16,11 +15,11 @@ from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export import metrics
-from export.adapt import KINDS as HISTORIES
 from export.adapt import measure
 from export.corpora import Clip
 from export.errors import CertificateError
 from export.nonspeech import KINDS, sound
+from export.picture import draw
 from export.scores import brief, score
 from export.speech import Speech
 from export.splits import pooled, speakers
@@ -198,56 +197,6 @@ def check_gate(certificate: Mapping[str, Any]) -> None:
             f"most recall is lost on {', '.join(classes)}; the largest errors are in the layers "
             f"{', '.join(layers)}"
         )
-
-
-def draw(certificate: Mapping[str, Any], file: Path) -> None:
-    """Draw the certificate: UA by corpus with intervals, INT8's confusions, adaptation."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right, last) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    systems = {"fp32": "full precision", "int8_x86": "INT8"}
-    names = list(certificate["systems"]["fp32"]["corpora"])
-    for place, (system, title) in enumerate(systems.items()):
-        scores = certificate["systems"][system]
-        intervals = [scores["corpora"][name]["masked"]["ua"] for name in names]
-        intervals.append(scores["pooled"]["ua"])
-        values = np.array([interval["value"] for interval in intervals])
-        spread = np.abs([[i["low"], i["high"]] for i in intervals] - values[:, None]).T
-        where = np.arange(len(values)) + 0.38 * place
-        left.bar(where, values, 0.36, yerr=spread, capsize=3, label=title)
-    left.set_xticks(np.arange(len(names) + 1) + 0.19, [*names, "pooled\n(all labels)"])
-    left.set_ylim(0, 1)
-    left.set_ylabel("unweighted accuracy")
-    left.set_title("Test speakers, 95 % intervals")
-    left.legend()
-    whole = certificate["systems"]["int8_x86"]["pooled"]
-    matrix = np.array(whole["confusion"], float)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    right.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = certificate["labels"]
-    right.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
-    right.set_yticks(range(len(labels)), labels)
-    for row, column in np.ndindex(*matrix.shape):
-        ink = "white" if shares[row, column] > 0.5 else "black"
-        right.text(column, row, int(matrix[row, column]), ha="center", va="center", color=ink)
-    right.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
-    rows = certificate["adapted"]
-    for kind in HISTORIES:
-        points = [
-            (row["utterances"], row["pooled_ua"])
-            for row in rows
-            if row["history"] in ("none", kind)
-        ]
-        last.plot(*zip(*points, strict=True), marker="o", label=f"{kind} emotions")
-    last.set_xscale("symlog", linthresh=1)
-    last.set_xticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
-    last.set_xlabel("earlier utterances of the same speaker")
-    last.set_ylabel("pooled unweighted accuracy, INT8")
-    last.set_title("Adapting to the speaker")
-    last.legend()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def make_certificate(

@@ -10,8 +10,9 @@ from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from edge_ser.recognizer import probabilities
+from export.calibration import nll
 from export.corpora import Clip
-from export.metrics import Floats, Ints, nll
+from export.metrics import Floats, Ints
 from export.scores import brief, score
 from export.speech import Speech
 

@@ -15,7 +15,6 @@ from scipy import stats
 FEWEST_SPEAKERS = 5
 """With fewer speakers in a corpus, resampling them says more of the draw than of the model."""
 
-_LEAST_PROB = 1e-12
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
@@ -142,33 +141,6 @@ def masked_argmax(probs: Floats, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     if not np.any(mask, axis=-1).all():
         raise ValueError("a mask without a class, needed is one at least")
     return np.where(mask, probs, -np.inf).argmax(axis=-1)
-
-
-def expected_calibration_error(probs: Floats, true: Ints, bins: int = 15) -> float:
-    """How far confidence is from accuracy, 0 to 1.
-
-    ECE = sum_m |B_m| / N |acc(B_m) - conf(B_m)|, B_m the clips whose highest probability lies in
-    ((m - 1) / M, m / M] (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3).
-
-    Args:
-        probs: Shape (N, C), rows sum to 1.
-        true: Shape (N,).
-        bins: M, equal in width.
-    """
-    confidence = probs.max(axis=1)
-    right = probs.argmax(axis=1) == true
-    edges = np.linspace(0, 1, bins + 1)
-    # Float32 probabilities may sum to, and thus reach, a little more than 1.
-    place = np.minimum(np.searchsorted(edges, confidence, side="left") - 1, bins - 1)
-    # |B_m| (acc - conf) is the sum of right - confidence over the bin.
-    gaps = np.bincount(place, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(true))
-
-
-def nll(probs: Floats, true: Ints) -> float:
-    """Negative log-likelihood in nats, -1/N sum_i ln p_i(true_i), probabilities from 1e-12 up."""
-    chosen = probs[np.arange(len(true)), true]
-    return float(-np.log(np.maximum(chosen, _LEAST_PROB)).mean())
 
 
 def ua_interval(

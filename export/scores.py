@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export import metrics
+from export import calibration, metrics
 from export.corpora import Clip
 from export.splits import pooled
 
@@ -67,8 +67,13 @@ def score(
         "confusion": matrix.tolist(),
     }
     if are_probs:
-        error = metrics.expected_calibration_error(answers[inside], true[inside])
-        whole |= {"ece": error, "nll": metrics.nll(answers[inside], true[inside])}
+        probs, said = answers[inside], true[inside]
+        whole |= {
+            "ece": calibration.expected_calibration_error(probs, said),
+            "nll": calibration.nll(probs, said),
+            "reliability": [asdict(one) for one in calibration.reliability(probs, said)],
+            "risk": calibration.risk_coverage(probs, said),
+        }
     by_corpus = {}
     for name in dict.fromkeys(corpora.tolist()):
         chosen = corpora == name

@@ -10,9 +10,10 @@ from edge_ser import Recognizer
 from edge_ser.adaptation import FEATURES, Adaptation
 from edge_ser.bundle import Bundle, sha256
 from edge_ser.testing import make_bundle
-from export.certify import certify, check_gate, compare, draw, predict
+from export.certify import certify, check_gate, compare, predict
 from export.corpora import Clip, family, label_mask, load_corpora
 from export.errors import CertificateError
+from export.picture import draw
 from tests.speech_corpus import LABELS, LACKS, make_corpora
 
 TWO = ("anger", "fear")
@@ -184,5 +185,5 @@ def test_the_certificate_is_drawn(bundle, corpora, tmp_path):
     draw(found, tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert image.format == "PNG"
-        assert image.size == (1500, 420)
+        assert image.size == (1500, 850)
         assert len(np.unique(np.asarray(image.convert("L")))) > 20

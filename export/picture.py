@@ -1,0 +1,118 @@
+"""The picture of a certificate: what it scored, where it errs, how sure it is, how it adapts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from export.adapt import KINDS
+
+SYSTEMS = {"fp32": "full precision", "int8_x86": "INT8"}
+
+
+def draw(certificate: Mapping[str, Any], file: Path) -> None:
+    """Draw a certificate as PNG, 1500 x 850 pixels.
+
+    Args:
+        certificate: The document.
+        file: Where to write.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    panels = (accuracy, confusion, adaptation, reliability, risk, nonspeech)
+    for axis, panel in zip(axes.ravel(), panels, strict=True):
+        panel(axis, certificate)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def accuracy(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw the UA of every corpus with its interval."""
+    names = list(certificate["systems"]["fp32"]["corpora"])
+    for place, (system, title) in enumerate(SYSTEMS.items()):
+        scores = certificate["systems"][system]
+        intervals = [scores["corpora"][name]["masked"]["ua"] for name in names]
+        intervals.append(scores["pooled"]["ua"])
+        values = np.array([interval["value"] for interval in intervals])
+        spread = np.abs([[i["low"], i["high"]] for i in intervals] - values[:, None]).T
+        where = np.arange(len(values)) + 0.38 * place
+        axis.bar(where, values, 0.36, yerr=spread, capsize=3, label=title)
+    axis.set_xticks(np.arange(len(names) + 1) + 0.19, [*names, "pooled\n(all labels)"])
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("unweighted accuracy")
+    axis.set_title("Test speakers, 95 % intervals")
+    axis.legend()
+
+
+def confusion(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw how often each label was answered for each."""
+    whole = certificate["systems"]["int8_x86"]["pooled"]
+    matrix = np.array(whole["confusion"], float)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = certificate["labels"]
+    axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+    axis.set_yticks(range(len(labels)), labels)
+    for row, column in np.ndindex(*matrix.shape):
+        ink = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, int(matrix[row, column]), ha="center", va="center", color=ink)
+    axis.set_title(f"INT8, {whole['clips']} clips: true (rows), predicted")
+
+
+def adaptation(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw the UA after so many earlier utterances of a speaker."""
+    for kind in KINDS:
+        points = [
+            (row["utterances"], row["pooled_ua"])
+            for row in certificate["adapted"]
+            if row["history"] in ("none", kind)
+        ]
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{kind} emotions")
+    axis.set_xscale("symlog", linthresh=1)
+    counts = sorted({row["utterances"] for row in certificate["adapted"]})
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xlabel("earlier utterances of the same speaker")
+    axis.set_ylabel("pooled unweighted accuracy")
+    axis.set_title("INT8, adapting to the speaker")
+    axis.legend()
+
+
+def reliability(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw how often answers of a confidence are right."""
+    axis.plot([0, 1], [0, 1], color="gray", linewidth=1)
+    for system, title in SYSTEMS.items():
+        whole = certificate["systems"][system]["pooled"]
+        bins = whole["reliability"]
+        axis.plot(
+            [one["confidence"] for one in bins], [one["accuracy"] for one in bins],
+            marker="o", label=f"{title}, calibration error {whole['ece']:.3f}",
+        )  # fmt: skip
+    axis.set_xlabel("confidence")
+    axis.set_ylabel("share of right answers")
+    axis.set_title("Is it as sure as it is right?")
+    axis.legend()
+
+
+def risk(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw the error that is left when only the surest answers are given."""
+    for system, title in SYSTEMS.items():
+        found = certificate["systems"][system]["pooled"]["risk"]
+        axis.plot([float(share) for share in found], list(found.values()), marker="o", label=title)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("share of clips that are answered, the surest first")
+    axis.set_ylabel("share of wrong answers among them")
+    axis.set_title("Risk against coverage")
+    axis.legend()
+
+
+def nonspeech(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw how much of what is no speech is called uncertain."""
+    found = certificate["nonspeech"]
+    axis.bar(list(found["by_kind"]), list(found["by_kind"].values()))
+    axis.set_ylim(0, 1.05)
+    axis.set_ylabel("share called uncertain")
+    axis.set_title(f"INT8, {found['minutes']} minutes of no speech")
