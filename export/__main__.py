@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python -m export run export/recipes/default.toml --corpora DIR --weights DIR --out DIR
   python -m export run export/recipes/tiny.toml --corpora DIR --weights DIR --out DIR --seeds 0,1,2
   python -m export run export/recipes/default.toml ... --from quantize
+  python -m export ablate export/recipes/ablations/teacher.toml --corpora DIR ... --seeds 0,1
 
 A run that was stopped goes on where it was; a stage whose inputs have not changed is not repeated.
 The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAME/seedN/bundle
@@ -26,26 +27,40 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = top.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser(
-        "run",
-        help="run a recipe, from the corpora to the bundle",
-        description="Run a recipe, from the corpora to the bundle.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument("recipe", type=Path, help="a TOML file, such as export/recipes/default.toml")
-    run.add_argument("--corpora", type=Path, required=True, help="folder with a folder a corpus")
-    run.add_argument("--weights", type=Path, help="folder of checkpoints; without it: hub ids")
-    run.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
-    run.add_argument(
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--corpora", type=Path, required=True, help="folder with a folder a corpus")
+    every.add_argument("--weights", type=Path, help="folder of checkpoints; without it: hub ids")
+    every.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
+    every.add_argument(
         "--seeds", type=_seeds, default=(0,), help="one or more, such as 0,1,2 (default: 0)"
+    )
+    every.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def verb(name: str, text: str, file: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=f"{text[0].lower()}{text[1:-1]}",
+            description=text,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[every],
+        )
+        added.add_argument("recipe", type=Path, help=f"a TOML file, such as {file}")
+        return added
+
+    run = verb(
+        "run", "Run a recipe, from the corpora to the bundle.", "export/recipes/default.toml"
     )
     stages = run.add_mutually_exclusive_group()
     stages.add_argument(
         "--only", metavar="STAGE", help="make this stage again and stop; later ones are forgotten"
     )
     stages.add_argument("--from", dest="start", metavar="STAGE", help="make it and all later again")
-    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verb(
+        "ablate",
+        "Score variants of a recipe on speakers that they have not heard.",
+        "export/recipes/ablations/teacher.toml",
+    )
     return top
 
 
@@ -62,18 +77,16 @@ def _seeds(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 1 after a failure."""
     args = parser().parse_args(argv)
-    from export.seeds import run_seeds
-
+    places = (args.recipe, args.corpora, args.weights, args.out, args.seeds)
     try:
-        run_seeds(
-            args.recipe,
-            args.corpora,
-            args.weights,
-            args.out,
-            args.seeds,
-            only=args.only,
-            start=args.start,
-        )
+        if args.verb == "ablate":
+            from export.ablation import run_ablation
+
+            run_ablation(*places)
+        else:
+            from export.seeds import run_seeds
+
+            run_seeds(*places, only=args.only, start=args.start)
     except EdgeSerError as exc:
         if args.debug:
             raise

@@ -236,12 +236,33 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: The file is missing or not TOML; a key is unknown or missing; a value has the
             wrong type or lies outside what is allowed.
     """
+    return recipe_from(read_document(path), path)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        RecipeError: It is missing or not TOML.
+    """
     try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as exc:
         raise RecipeError(f"recipe {str(path)!r} cannot be read ({exc.strerror})") from exc
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise RecipeError(f"recipe {str(path)!r} is not TOML ({exc})") from exc
+
+
+def recipe_from(document: dict[str, Any], path: Path) -> Recipe:
+    """Return the recipe that a document holds.
+
+    Args:
+        document: As `read_document` returns it.
+        path: The file that errors name.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
     try:
         recipe: Recipe = _table(Recipe, document, "")
     except RecipeError as exc:

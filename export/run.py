@@ -33,6 +33,8 @@ from export.speech import Speech
 from export.stage import discard, fingerprint, run_stage
 from export.views import Compute, make_sound_views, make_views
 
+Make = Callable[[Path], None]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -50,7 +52,7 @@ class Stage:
     folder: Path
     after: str | None
     reads: dict[str, Any]
-    make: Callable[[Path], None]
+    make: Make
 
 
 class Run:
@@ -127,15 +129,12 @@ class Run:
             teacher, trained = self._teacher()
             load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder)
             files = [trained / part / "model.safetensors" for part in TEACHERS.values()]
-            reads = {"teacher": fingerprint(files), "pretrained": self._pretrained()}
+            reads = {"teacher": fingerprint(files), "pretrained": pretrained(recipe, self.weights)}
             settings = recipe.distill
-            return [self._views("targets", settings.views, reads, load, settings.nonspeech)]
-        assert recipe.train  # a recipe has either [train] or [distill]
-        tuned = recipe.train.tuned
-        window_s = recipe.windows.window_s
-        load = partial(encode_states, recipe.encoder, self.weights, window_s, tuned)
-        reads = {"pretrained": self._pretrained(), "encoder": recipe.encoder, "tuned": tuned}
-        features = self._views("features", recipe.train.views, reads, load, recipe.train.nonspeech)
+            cached = views_of(speech, settings.views, settings.nonspeech, reads, load)
+            return [Stage("targets", self.home / "targets", None, *cached)]
+        home = self.home / "features"
+        features = Stage("features", home, None, *features_of(speech, self.weights))
         if recipe.folds:
             return [features]
         make = partial(make_baselines, speech, self.weights, features.folder)
@@ -143,27 +142,6 @@ class Run:
             "baselines", self.home / "baselines", "features", {"data": recipe.data}, make
         )
         return [features, baselines]
-
-    def _views(
-        self,
-        name: str,
-        most: int,
-        reads: dict[str, Any],
-        load: Callable[[], Compute],
-        nonspeech: int = 0,
-    ) -> Stage:
-        speech = self.speech
-        views = speech.views(most)
-        reads = {"speech": speech.key, "cutting": speech.cutting, "views": views, **reads}
-        reads["nonspeech"] = nonspeech
-
-        def make(folder: Path) -> None:
-            make_views(folder, speech.clips, views, speech.cutting, load)
-            if nonspeech:
-                first = len(speech.clips)
-                make_sound_views(folder, first, nonspeech, speech.cutting, load())
-
-        return Stage(name, self.home / name, None, reads, make)
 
     def seeded(self) -> list[Stage]:
         """Return the stages of this seed."""
@@ -181,7 +159,7 @@ class Run:
         folders = {
             name: self.folder / name for name in ("train", "graph", "quantize", "certify", "bundle")
         }
-        makes: dict[str, Callable[[Path], None]] = {
+        makes: dict[str, Make] = {
             "train": partial(learn, cache, seed),
             "graph": partial(make_graph, speech, self.weights, folders["train"]),
             "quantize": partial(make_int8, speech, folders["graph"]),
@@ -261,13 +239,51 @@ class Run:
             raise RecipeError(f"no teacher {str(trained)!r}; run {path} with the same --out first")
         return recipe, trained
 
-    def _pretrained(self) -> str:
-        """Return the fingerprint of the checkpoint's folder, or its hub id."""
-        source = self.recipe.encoder.source
-        folder = self.weights / source if self.weights else None
-        if folder and folder.is_dir():
-            return fingerprint(sorted(folder.glob("*")))
-        return source
+
+def features_of(speech: Speech, weights: Path | None) -> tuple[dict[str, Any], Make]:
+    """Return what the features of a recipe with [train] depend on, and what makes them."""
+    recipe = speech.recipe
+    assert recipe.train  # only such recipes have features
+    train = recipe.train
+    load = partial(encode_states, recipe.encoder, weights, recipe.windows.window_s, train.tuned)
+    reads = {
+        "pretrained": pretrained(recipe, weights),
+        "encoder": recipe.encoder,
+        "tuned": train.tuned,
+    }
+    return views_of(speech, train.views, train.nonspeech, reads, load)
+
+
+def views_of(
+    speech: Speech, most: int, nonspeech: int, reads: dict[str, Any], load: Callable[[], Compute]
+) -> tuple[dict[str, Any], Make]:
+    """Return what a cache of views depends on, and what makes it.
+
+    Args:
+        speech: The clips.
+        most: Augmented views of a clip.
+        nonspeech: Sounds that are no speech.
+        reads: What ``load`` depends on.
+        load: As `make_views` takes it.
+    """
+    views = speech.views(most)
+
+    def make(folder: Path) -> None:
+        make_views(folder, speech.clips, views, speech.cutting, load)
+        if nonspeech:
+            make_sound_views(folder, len(speech.clips), nonspeech, speech.cutting, load())
+
+    heard = {"speech": speech.key, "cutting": speech.cutting, "views": views}
+    return {**heard, "nonspeech": nonspeech, **reads}, make
+
+
+def pretrained(recipe: Recipe, weights: Path | None) -> str:
+    """Return the fingerprint of the checkpoint's folder, or its hub id."""
+    source = recipe.encoder.source
+    folder = weights / source if weights else None
+    if folder and folder.is_dir():
+        return fingerprint(sorted(folder.glob("*")))
+    return source
 
 
 def _read_json(file: Path) -> Any:

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from export.__main__ import main
+from export.ablation import merged, read_ablation
+from export.errors import RecipeError
+from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora, make_whisper
+
+BASE = f"""
+name = "teacher"
+[data]
+corpora = {list(SPEAKERS)}
+labels = {list(LABELS)}
+validation = {list(VALIDATION)}
+calibration_clips = 8
+[windows]
+window_s = 1.0
+hop_s = 0.5
+[encoder]
+family = "whisper"
+source = "small"
+layers = 2
+states = 2
+[head]
+width = 16
+[train]
+epochs = 25
+views = 0
+batch = 8
+learning_rate = 5e-3
+average = 0.9
+folds = 2
+"""
+ABLATION = """
+base = "../teacher.toml"
+[variants.tuned]
+train = { tuned = 1 }
+[variants.deaf]
+train = { epochs = 1, learning_rate = 1e-6 }
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "ablations").mkdir()
+    (tmp_path / "teacher.toml").write_text(BASE)
+    (tmp_path / "ablations" / "parts.toml").write_text(ABLATION)
+    return tmp_path
+
+
+def test_variants_are_scored_in_the_same_folds_beside_the_base(home, capsys):
+    make_corpora(home / "corpora")
+    make_whisper(home / "weights" / "small", seconds=2)
+    places = [f"--{name}={home / name}" for name in ("corpora", "weights", "out")]
+    command = ["ablate", str(home / "ablations" / "parts.toml"), *places, "--seeds", "0,1"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    found = json.loads((home / "out" / "parts" / "ablation.json").read_text())
+    assert (home / "out" / "parts" / "ablation.md").read_text() in table
+    assert list(found["variants"]) == ["base", "tuned", "deaf"]
+    assert found["clips"] == 3 * 6 + 2 * 6 + 4  # no test speaker
+    assert found["command"] == "python -m export ablate parts.toml --seeds 0,1"
+    pooled = {name: row["pooled"] for name, row in found["variants"].items()}
+    assert len(pooled["base"]["values"]) == 2
+    assert pooled["base"]["mean"] > 0.8
+    gain = found["variants"]["deaf"]["gain"]
+    assert gain["value"] < -0.3
+    assert gain["high"] < 0
+    assert found["variants"]["base"]["gain"] is None
+    assert found["variants"]["deaf"]["nll"]["mean"] > found["variants"]["base"]["nll"]["mean"]
+    stages = (home / "out" / "parts").glob("*/stage.json")
+    before = {file: file.stat().st_mtime_ns for file in stages if "features" not in str(file)}
+    assert main(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_tables_within_tables_are_merged_and_the_base_stays():
+    base = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merged(base, {"a": {"b": 4}, "e": 5}) == {"a": {"b": 4, "c": 2}, "d": 3, "e": 5}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("base =", "bas =", "allowed are base = FILE and"),
+        ("../teacher.toml", "nothing.toml", "cannot be read"),
+        ("{ tuned = 1 }", "{ tuned = 0 }", "variant 'tuned' is the base"),
+        ("{ tuned = 1 }", "{ tunes = 1 }", "unknown key 'train.tunes'"),
+        ("{ tuned = 1 }", "{ tuned = 9 }", "allowed is 0, or 1 to 2"),
+        ("../teacher.toml", "student.toml", "needed is a recipe with"),
+    ],
+)
+def test_an_ablation_that_cannot_be_used_is_one_line(home, capsys, old, new, message):
+    student = BASE.replace("[train]", "[folds]\nk = 2\n[train]")
+    (home / "ablations" / "student.toml").write_text(student)
+    file = home / "ablations" / "parts.toml"
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(RecipeError, match=message):
+        read_ablation(file)
+    assert main(["ablate", str(file), "--corpora", ".", "--out", str(home / "out")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_ablations_of_the_project_can_be_read():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[1] / "export" / "recipes" / "ablations"
+    files = sorted(folder.glob("*.toml"))
+    assert files
+    for file in files:
+        assert len(read_ablation(file)) > 1
