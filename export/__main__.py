@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "Score variants of a recipe on speakers that they have not heard.",
         "export/recipes/ablations/teacher.toml",
     )
+    verb(
+        "languages",
+        "Score a recipe on each language after training on the others.",
+        "export/recipes/default.toml",
+    )
     return top
 
 
@@ -83,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from export.ablation import run_ablation
 
             run_ablation(*places)
+        elif args.verb == "languages":
+            from export.languages import run_languages
+
+            run_languages(*places)
         else:
             from export.seeds import run_seeds
 
