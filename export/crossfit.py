@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from export.speech import Speech
 from export.splits import folds, pooled
 from export.targets import Targets
 from export.train import fit_head, window_logits
-from export.views import load_views
+from export.views import View, load_views
 from export.workers import workers
 
 Logits = list[npt.NDArray[np.float32]]
@@ -55,9 +56,15 @@ def fit_fold(
     folder: Path,
 ) -> Logits:
     """Train on some clips and return the logits (W, C) of others; a process of its own runs it."""
-    views = load_views(features)
+    views = _views_of(features)
     head = fit_head(speech, weights, views, chosen, seed, folder)
     return window_logits(head, views, asked)
+
+
+@cache
+def _views_of(features: Path) -> list[View]:
+    # They take gigabytes: a process loads them once, for all the heads that it trains.
+    return load_views(features)
 
 
 def answer_folds(
