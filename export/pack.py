@@ -71,9 +71,10 @@ def make_bundle(
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
     shutil.copyfile(adaptation, folder / ADAPTATION)
+    names = ("README.md", "certificate.json", "certificate.png", "selftest.npz", ADAPTATION)
+    files = sorted({*names, *(file.name for file in folder.glob("model*"))})
     entries = {
-        file.name: BundleFile(sha256(file), required=file.name not in OPTIONAL)
-        for file in sorted(folder.iterdir())
+        name: BundleFile(sha256(folder / name), required=name not in OPTIONAL) for name in files
     }
     whole = replace(metadata, files=entries)
     (folder / "metadata.json").write_text(json.dumps(whole.to_json(), indent=1) + "\n")

@@ -38,6 +38,20 @@ def test_the_certificate_is_of_these_graphs_and_passed_the_gate(name):
         assert gate["labels_equal"] >= 0.98
 
 
+def test_the_default_adapts_to_a_speaker_and_doubts_what_is_no_speech():
+    recognizer = Recognizer.load("default", threads=1)
+    speaker = recognizer.adapt()
+    paths = sample_paths()
+    assert speaker.predict(paths[0]) == recognizer.predict(paths[0])
+    assert speaker.predict(paths[1]).probs != recognizer.predict(paths[1]).probs
+    certificate = json.loads((Bundle.open("default").path / "certificate.json").read_text())
+    assert certificate["nonspeech"]["uncertain"] >= 0.95
+    silence = np.zeros(2 * 16_000, np.float32)
+    assert recognizer.predict(silence, 16_000).uncertain
+    ua = {(row["history"], row["utterances"]): row["pooled_ua"] for row in certificate["adapted"]}
+    assert ua["balanced", 20] > ua["none", 0]
+
+
 @pytest.mark.parametrize("name", SIZES_MB)
 def test_every_sample_is_answered(name):
     recognizer = Recognizer.load(name, threads=1)

@@ -67,13 +67,17 @@ def bundle(graphs, tmp_path_factory):
     (certificate / "stage.json").write_text("{}")
     made = tmp_path_factory.mktemp("made") / "bundle"
     made.mkdir()
+    (made / "stage.json").write_text("{}")  # a stage's folder holds its key
     (certificate / ADAPTATION).write_text(json.dumps(NETWORK.to_json()))
     make_bundle(metadata, folder, certificate, certificate / ADAPTATION, made)
     return made
 
 
 def test_a_bundle_holds_what_the_runtime_needs_and_nothing_else(bundle):
-    assert sorted(file.name for file in bundle.iterdir()) == [
+    assert sorted(Bundle.open(bundle).metadata.files) == sorted(
+        file.name for file in bundle.iterdir() if file.name not in ("metadata.json", "stage.json")
+    )
+    assert sorted(file.name for file in bundle.iterdir() if file.name != "stage.json") == [
         "README.md",
         "adaptation.json",
         "certificate.json",
