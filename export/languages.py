@@ -41,7 +41,9 @@ def run_languages(
         raise RecipeError(f"{path}: all clips are in {languages[0]!r}; needed are two languages")
     home = out / recipe.name
     features = home / "features"
-    key = run_stage(features, *features_of(speech, weights))
+    reads, make_features = features_of(speech, weights)
+    # As `export run` makes them, so that neither command makes them again for the other.
+    key = run_stage(features, {"after": None, **reads}, make_features)
     fold = np.array([languages.index(clip.language) for clip in clips])
     found = []
     for seed in seeds:
