@@ -98,7 +98,9 @@ def _speaker(args: argparse.Namespace, recognizer: Recognizer) -> Speaker | None
     """Return the speaker of ``--speaker``: known if the file is there, else a new one."""
     if args.speaker is None:
         return None
-    return recognizer.adapt(args.speaker if os.path.exists(args.speaker) else None)
+    speaker = recognizer.adapt(args.speaker if os.path.exists(args.speaker) else None)
+    speaker.save(args.speaker)  # a place that cannot be written is refused before any work
+    return speaker
 
 
 def _info(args: argparse.Namespace) -> int:

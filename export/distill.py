@@ -54,7 +54,8 @@ def load_teacher(
         for name, part in TEACHERS.items()
     }
     # Below what is tuned, all of them are the pretrained encoder.
-    below = encode_states(recipe.encoder, weights, recipe.windows.window_s, tuned_layers(recipe))
+    assert recipe.train  # teachers are trained, not distilled
+    below = encode_states(recipe.encoder, weights, recipe.windows.window_s, recipe.train.tuned)
     stem = load_encoder(student, weights, recipe.windows.window_s).stem
 
     @torch.no_grad()
@@ -73,12 +74,6 @@ def load_teacher(
         return arrays
 
     return answer
-
-
-def tuned_layers(recipe: Recipe) -> int:
-    """Return how many layers of a teacher are tuned."""
-    assert recipe.train  # teachers are trained, not distilled
-    return recipe.train.tuned
 
 
 def taught_by(name: str, views: Sequence[View]) -> list[View]:

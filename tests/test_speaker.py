@@ -128,6 +128,16 @@ def test_the_command_learns_from_file_to_file_and_from_run_to_run(bundle, tmp_pa
     assert found == [speaker.predict(clip(level), RATE).probs for level in levels]
 
 
+def test_a_place_that_cannot_be_written_is_one_line_before_any_answer(bundle, tmp_path, capsys):
+    files = write_clips(tmp_path, (0.3, 0.1))
+    command = ["predict", "--bundle", str(bundle), "--speaker", str(tmp_path / "no" / "a.json")]
+    assert main([*command, *files]) == 1
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert len(found.err.splitlines()) == 1
+    assert "cannot be written" in found.err
+
+
 def test_a_refused_file_is_not_learned_from(bundle, tmp_path, capsys):
     files = write_clips(tmp_path, (0.3,))
     place = str(tmp_path / "a.json")
