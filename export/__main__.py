@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m export run export/recipes/tiny.toml --corpora DIR --weights DIR --out DIR --seeds 0,1,2
   python -m export run export/recipes/default.toml ... --from quantize
   python -m export ablate export/recipes/ablations/teacher.toml --corpora DIR ... --seeds 0,1
+  python -m export front export/recipes/front.toml --corpora DIR --weights DIR --out DIR
 
 A run that was stopped goes on where it was; a stage whose inputs have not changed is not repeated.
 The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAME/seedN/bundle
@@ -62,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
         "export/recipes/ablations/teacher.toml",
     )
     verb(
+        "front",
+        "Distil and quantize several students, and draw accuracy against milliseconds.",
+        "export/recipes/front.toml",
+    )
+    verb(
         "languages",
         "Score a recipe on each language after training on the others.",
         "export/recipes/default.toml",
@@ -88,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from export.ablation import run_ablation
 
             run_ablation(*places)
+        elif args.verb == "front":
+            from export.front import run_front
+
+            run_front(*places)
         elif args.verb == "languages":
             from export.languages import run_languages
 

@@ -1,14 +1,13 @@
 """What each part of a recipe is worth: variants of it, scored on speakers that they have not heard.
 
-An ablation is a TOML file: the ``base`` recipe, and ``[variants.NAME]`` with the keys that differ.
-All variants are trained in the same folds of the train and validation speakers; test speakers are
-not touched.
+Variants with [train] are trained in the same folds of the train and validation speakers; students,
+which take longer, are trained once and answer the validation speakers. Test speakers are not
+touched.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,22 @@ from tqdm import tqdm
 
 from export import metrics
 from export.confidence import clip_probs, fit_temperature
-from export.crossfit import answer_folds, deal
+from export.corpora import Clip
+from export.crossfit import Logits, answer_folds, deal
+from export.distill import fit_student
 from export.errors import RecipeError
 from export.metrics import Floats
-from export.recipe import Recipe, read_document, recipe_from
-from export.run import features_of
+from export.model import load_classifier
+from export.run import Run, features_of, teachers_of
 from export.scores import score
 from export.seeds import columns, spread
 from export.speech import Speech
 from export.splits import pooled
-from export.stage import run_stage
-
-BASE = "base"
-
-
-def read_ablation(path: Path) -> dict[str, Recipe]:
-    """Read the recipes of an ablation, the base first.
-
-    Raises:
-        RecipeError: A file cannot be read, a key is unknown, or a variant changes nothing.
-    """
-    document = read_document(path)
-    unknown = document.keys() - {"base", "variants"}
-    if unknown or not isinstance(document.get("base"), str) or not document.get("variants"):
-        raise RecipeError(f"{path}: allowed are base = FILE and [variants.NAME], got {[*document]}")
-    base = read_document(path.parent / document["base"])
-    found = {BASE: recipe_from(base, path)}
-    if not found[BASE].train or found[BASE].folds:
-        raise RecipeError(f"{path}: base = {document['base']!r}; needed is a recipe with [train]")
-    for name, changes in document["variants"].items():
-        found[name] = recipe_from(merged(base, changes), path)
-        if found[name] == found[BASE]:
-            raise RecipeError(f"{path}: variant {name!r} is the base; change a key in it")
-    return found
-
-
-def merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a TOML document with some keys changed, tables within tables included."""
-    result = dict(document)
-    for key, value in changes.items():
-        inner = result.get(key)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(inner, value) if both else value
-    return result
+from export.stage import key_of, run_stage
+from export.train import window_logits
+from export.variants import BASE, read_variants
+from export.views import load_views
+from export.workers import workers
 
 
 def run_ablation(
@@ -71,19 +43,30 @@ def run_ablation(
         RecipeError: The file cannot be used.
     """
     home = out / path.stem
+    base, recipes = read_variants(path)
+    if any(recipe.folds for recipe in recipes.values()):
+        raise RecipeError(f"{path}: a recipe with [folds] has no variants; leave [folds] out")
+    jobs = []
+    for name, recipe in recipes.items():
+        for seed in seeds:
+            run = Run(base, corpora, weights, out, seed=seed, recipe=recipe)
+            jobs.append((run, home / "features", home / f"{name}-seed{seed}"))
+    if recipes[BASE].train:  # each trains on all cores
+        for job in jobs:
+            _score_heads(*job)
+    else:
+        for run, _, _ in jobs:
+            run.make(run.shared())
+        with workers() as pool:
+            for started in [pool.submit(_score_student, run, folder) for run, _, folder in jobs]:
+                started.result()
     found: dict[str, list[dict[str, Any]]] = {}
     probs: dict[str, list[Floats]] = {}
-    for name, recipe in read_ablation(path).items():
-        speech = Speech(recipe, corpora)
-        for seed in seeds:
-            folder, key = home / f"{name}-seed{seed}", {"recipe": asdict(recipe), "seed": seed}
-            make = partial(_score, speech, weights, home, seed)
-            run_stage(folder, {**key, "speech": speech.key}, make)
-            document = json.loads((folder / "scores.json").read_text())
-            found.setdefault(name, []).append(document["scores"])
-            probs.setdefault(name, []).append(np.array(document["probs"]))
-            tqdm.write(f"{name}, seed {seed}: {_line(document['scores'])}")
-    clips = (*speech.split.train, *speech.split.validation)
+    for (run, _, folder), name in zip(jobs, np.repeat(list(recipes), len(seeds)), strict=True):
+        document = json.loads((folder / "scores.json").read_text())
+        found.setdefault(str(name), []).append(document["scores"])
+        probs.setdefault(str(name), []).append(np.array(document["probs"]))
+    clips = _asked(run.speech)
     summary = {
         "ablation": path.name,
         "command": f"python -m export ablate {path.name} --seeds {','.join(map(str, seeds))}",
@@ -93,7 +76,7 @@ def run_ablation(
             name: {
                 **{c: spread([columns(s)[c] for s in scores]) for c in columns(scores[0])},
                 "nll": spread([s["pooled"]["nll"] for s in scores]),
-                "gain": _gain(probs[name], probs[BASE], speech) if name != BASE else None,
+                "gain": None if name == BASE else _gain(probs[name], probs[BASE], run.speech),
             }
             for name, scores in found.items()
         },
@@ -103,22 +86,61 @@ def run_ablation(
     print(table(summary))
 
 
-def _score(speech: Speech, weights: Path | None, home: Path, seed: int, folder: Path) -> None:
-    features = home / "features"
-    # One cache for all variants in a row that hear the same; the next one makes its own there.
-    run_stage(features, *features_of(speech, weights))
-    clips = (*speech.split.train, *speech.split.validation)
-    logits = answer_folds(speech, weights, features, clips, deal(speech), seed, folder)
+def _asked(speech: Speech) -> tuple[Clip, ...]:
+    """Return the clips that variants answer."""
+    return (*(speech.split.train if speech.recipe.train else ()), *speech.split.validation)
+
+
+def _score_heads(run: Run, features: Path, folder: Path) -> None:
+    """Make ``scores.json`` of a variant with [train]."""
+    speech, weights, seed = run.speech, run.weights, run.seed
+
+    teachers, of_teachers = teachers_of(run.path, run.recipe, run.out, "train")
+
+    def make(partial_folder: Path) -> None:
+        # One cache for all variants in a row that hear the same; the next makes its own there.
+        run_stage(features, *features_of(speech, weights))
+        clips = _asked(speech)
+        logits = answer_folds(
+            speech, weights, features, clips, deal(speech), seed, partial_folder, teachers=teachers
+        )
+        _write(speech, clips, logits, partial_folder)
+
+    reads = {"recipe": run.recipe, "seed": seed, "speech": speech.key, **of_teachers}
+    run_stage(folder, reads, make)
+
+
+def _score_student(run: Run, folder: Path) -> None:
+    """Make ``scores.json`` of a variant with [distill], in a process of its own."""
+    speech, weights, seed = run.speech, run.weights, run.seed
+    (targets,) = run.shared()
+
+    def make(partial_folder: Path) -> None:
+        chosen, student = speech.where(speech.split.train), partial_folder / "choice"
+        fit_student(speech, weights, targets.folder, chosen, seed, student)
+        network = load_classifier(run.recipe, weights, student / "model.safetensors")
+        clips, views = _asked(speech), load_views(targets.folder)
+        logits = window_logits(network.from_features, views, speech.where(clips), "features")
+        _write(speech, clips, logits, partial_folder)
+
+    reads = {"recipe": run.recipe, "seed": seed, "targets": key_of(targets.reads)}
+    run_stage(folder, reads, make)
+
+
+def _write(speech: Speech, clips: Sequence[Clip], logits: Logits, folder: Path) -> None:
     true = np.array([speech.labels.index(clip.emotion) for clip in clips])
     probs = clip_probs(logits, fit_temperature(logits, true))
     scores = score(probs, clips, speech.labels, speech.masks)
     document = {"scores": scores, "probs": probs.round(5).tolist()}
     (folder / "scores.json").write_text(json.dumps(document))
+    whole = scores["pooled"]
+    said = f"pooled UA {whole['ua']['value']:.3f}, nll {whole['nll']:.3f}"
+    tqdm.write(f"{folder.name.removesuffix('.partial')}: {said}")
 
 
 def _gain(probs: Sequence[Floats], base: Sequence[Floats], speech: Speech) -> dict[str, Any]:
     """Return the difference of pooled UA from the base's, with its interval over speakers."""
-    clips = (*speech.split.train, *speech.split.validation)
+    clips = _asked(speech)
     kept = set(pooled(clips))
     where = np.array([place for place, clip in enumerate(clips) if clip in kept])
     true = np.array([speech.labels.index(clips[place].emotion) for place in where])
@@ -137,17 +159,12 @@ def _gain(probs: Sequence[Floats], base: Sequence[Floats], speech: Speech) -> di
     )
 
 
-def _line(scores: Mapping[str, Any]) -> str:
-    whole = scores["pooled"]
-    return f"pooled UA {whole['ua']['value']:.3f}, nll {whole['nll']:.3f}"
-
-
 def table(summary: Mapping[str, Any]) -> str:
     """Return an ablation as a Markdown table."""
     variants = summary["variants"]
     names = [name for name in next(iter(variants.values())) if name != "gain"]
     lines = [
-        f"`{summary['command']}`: {summary['clips']} clips of train and validation speakers, each "
+        f"`{summary['command']}`: {summary['clips']} clips of speakers that are not for the test, each "
         "answered by a model that has not heard its speaker. Unweighted accuracy, mean ± standard "
         "deviation over seeds; the gain is that of pooled UA, with its 95 % interval.",
         "",

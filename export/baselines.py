@@ -74,8 +74,8 @@ def linear_probe(
 ) -> Baseline:
     """Fit ridge regression from hidden states to one-hot labels, and answer.
 
-    Tried are the statistics of every single state and their average over the states, with every
-    alpha, with and without weights that make the classes count equally.
+    Tried are the statistics of every single state, their average over the states, and all of them
+    side by side, with every alpha, with and without weights that make the classes count equally.
 
     Args:
         statistics: `state_statistics` of all clips named below.
@@ -86,7 +86,7 @@ def linear_probe(
             the speakers of train, as `out_of_fold` needs it.
 
     Returns:
-        Settings `state` (its number, or "average"), `alpha`, `class_weight`, and the scores.
+        Settings `state` (its number, "average" or "all"), `alpha`, `class_weight`, and the scores.
 
     Raises:
         CorpusError: A label without a train clip, or in the folds, with one of a single speaker.
@@ -95,7 +95,7 @@ def linear_probe(
     grid = [
         {"state": state, "alpha": alpha, "class_weight": weight}
         for state, alpha, weight in itertools.product(
-            ("average", *range(states)), PROBE_ALPHAS, WEIGHTS
+            ("all", "average", *range(states)), PROBE_ALPHAS, WEIGHTS
         )
     ]
     return _best("linear_probe", grid, _ridge, statistics, labels, train, asked, validation)
@@ -254,10 +254,13 @@ def _ridge(
     settings: Settings, known: Floats, classes: npt.NDArray[np.int64], unknown: Floats
 ) -> Floats:
     state = settings["state"]
-    known, unknown = (
-        of_all.mean(axis=1) if state == "average" else of_all[:, state]
-        for of_all in (known, unknown)
-    )
+
+    def inputs(of_all: Floats) -> Floats:
+        if state == "all":
+            return of_all.reshape(len(of_all), -1)
+        return of_all.mean(axis=1) if state == "average" else of_all[:, state]
+
+    known, unknown = inputs(known), inputs(unknown)
     scaler = StandardScaler()
     model = Ridge(settings["alpha"]).fit(
         scaler.fit_transform(known),

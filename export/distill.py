@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,12 @@ from tqdm import tqdm
 
 from export.confidence import write_confidence
 from export.encoders import encode_states, load_encoder
-from export.encoders.mel import frames_of
+from export.encoders.whisper import WhisperEncoder, real_frames
 from export.model import Classifier, lift, load_classifier, new_classifier
 from export.recipe import Distill, EncoderChoice, Recipe
 from export.spectrogram import hide, warp
 from export.speech import Speech
-from export.targets import Targets, masked_cross_entropy, smoothed
+from export.targets import Targets, masked_cross_entropy, mean_answer, smoothed, soft_loss
 from export.train import (
     CHECKPOINT,
     WeightAverage,
@@ -39,38 +40,51 @@ the validation speakers, so its teacher has not heard them either."""
 
 
 def load_teacher(
-    recipe: Recipe, weights: Path | None, trained: Path, student: EncoderChoice
+    recipe: Recipe,
+    weights: Path | None,
+    trained: Sequence[Path],
+    student: EncoderChoice,
+    layers: bool = False,
 ) -> Compute:
     """Return what computes the student's features of a window, and its teachers' answers.
 
     Args:
         recipe: The teachers'.
         weights: Folder of pretrained checkpoints.
-        trained: The folder of the teachers' training stage.
+        trained: The folders of the teachers' training stages, one a seed: their log-probs are
+            averaged, all else is the first one's.
         student: The student's encoder.
+        layers: Keep the hidden states of the teachers' layers as well.
     """
     teachers = {
-        name: load_classifier(recipe, weights, trained / part / "model.safetensors")
+        name: [
+            load_classifier(recipe, weights, folder / part / "model.safetensors")
+            for folder in trained
+        ]
         for name, part in TEACHERS.items()
     }
     # Below what is tuned, all of them are the pretrained encoder.
     assert recipe.train  # teachers are trained, not distilled
     below = encode_states(recipe.encoder, weights, recipe.windows.window_s, recipe.train.tuned)
-    stem = load_encoder(student, weights, recipe.windows.window_s).stem
+    hears = load_encoder(student, weights, recipe.windows.window_s)
 
     @torch.no_grad()
     def answer(samples: Samples) -> Arrays:
         window = torch.from_numpy(samples)[None]
-        # (mels, F at 100 Hz)
-        arrays: Arrays = {"features": stem.features(window)[0].numpy().astype(np.float16)}
+        # (mels, F at 100 Hz), or samples (1, T)
+        arrays: Arrays = {"features": hears.features(window)[0].numpy().astype(np.float16)}
         cached = torch.from_numpy(below(samples)["states"])[None].float()
-        for name, teacher in teachers.items():
-            states = lift(recipe, teacher)(cached)
-            logits, embedding = teacher.head(states)
-            frames = teacher.head.convolve(teacher.head.mix(states))
+        for name, (first, *others) in teachers.items():
+            states = lift(recipe, first)(cached)
+            logits, embedding = first.head(states)
+            answers = [logits, *(o.head(lift(recipe, o)(cached))[0] for o in others)]
+            normed = functional.layer_norm(states, states.shape[-1:])
+            frames = first.head.convolve(first.head.mix(normed))
             arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
-            arrays[f"{name}_logits"] = logits[0].numpy()
+            arrays[f"{name}_logits"] = mean_answer(answers)[0].numpy()
             arrays[f"{name}_embedding"] = embedding[0].numpy()
+            if layers:
+                arrays[f"{name}_layers"] = normed[0].numpy().astype(np.float16)  # (S, F, D)
         return arrays
 
     return answer
@@ -88,19 +102,6 @@ def taught_by(name: str, views: Sequence[View]) -> list[View]:
     ]
 
 
-def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 times the divergence of softened answers (arXiv 1503.02531), both ``(N, C)``.
-
-    Args:
-        student: Logits.
-        teacher: Log-probs at the same temperature.
-        temperature: T.
-    """
-    answers = (student / temperature).log_softmax(dim=1)
-    divergence = functional.kl_div(answers, teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
-
-
 def stack(arrays: Sequence[npt.NDArray[np.generic]], frames: int) -> tuple[Tensor, Tensor]:
     """Stack arrays (D, F) of any length: float32 (N, D, frames) and real frames (N, 1, frames)."""
     stacked = torch.zeros(len(arrays), len(arrays[0]), frames)
@@ -109,6 +110,15 @@ def stack(arrays: Sequence[npt.NDArray[np.generic]], frames: int) -> tuple[Tenso
         stacked[row, :, : array.shape[1]] = torch.from_numpy(array)
         real[row, :, : array.shape[1]] = True
     return stacked, real
+
+
+def stack_layers(layers: Sequence[npt.NDArray[np.generic]], frames: int) -> Tensor:
+    """Stack hidden states (S, F, D) of any length on zeros: float32 (N, S, frames, D)."""
+    states, _, dim = layers[0].shape
+    stacked = torch.zeros(len(layers), states, frames, dim)
+    for row, array in enumerate(layers):
+        stacked[row, :, : array.shape[1]] = torch.from_numpy(array)
+    return stacked
 
 
 def distill(
@@ -124,7 +134,7 @@ def distill(
     """Train a student in place until its time is used up.
 
     Args:
-        student: With a `MelEncoder`; holds the averaged weights afterwards.
+        student: Holds the averaged weights afterwards.
         views: Of all clips, as `taught_by` returns them.
         targets: Of all clips.
         chosen: The clips to train on, as positions in ``targets``.
@@ -144,8 +154,11 @@ def distill(
             "embedding": nn.Linear(student.head.embedding_dim, len(arrays["embedding"])),
         }
     )
+    if settings.layers:
+        translate["layers"] = layer_heads(student.encoder.dim, arrays["layers"])
     parts = nn.ModuleList([student, translate])
-    optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=settings.weight_decay)
+    groups = rates(student, translate, settings)
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     average = WeightAverage(student, settings.average)
     weights = targets.weights(chosen, settings.balance)
     epoch, spent_s = 0, 0.0
@@ -170,7 +183,7 @@ def distill(
         for batch in bucketed(rng, lengths, settings.batch):
             progress = min(1.0, (time.process_time() - started) / budget_s)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * one_cycle(progress)
+                group["lr"] = group["rate"] * one_cycle(progress)
             clips = [chosen[i] for i in batch]
             loss = _loss(
                 student,
@@ -198,6 +211,44 @@ def distill(
     student.eval()
 
 
+def rates(student: Classifier, translate: nn.Module, settings: Distill) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer, each with its peak ``rate``: what is pretrained learns
+    more slowly than what is new.
+    """
+    whisper = isinstance(student.encoder, WhisperEncoder)
+    pretrained = list(student.encoder.layers.parameters()) if whisper else []
+    slow = {id(parameter) for parameter in pretrained}
+    network = nn.ModuleList([student, translate])
+    new = [p for p in network.parameters() if p.requires_grad and id(p) not in slow]
+    groups = [{"params": new, "rate": settings.learning_rate}]
+    if pretrained:
+        groups.append({"params": pretrained, "rate": settings.tuned_rate})
+    return groups
+
+
+def layer_heads(dim: int, layers: npt.NDArray[np.generic]) -> nn.Linear:
+    """Return DistilHuBERT's prediction heads (arXiv 2110.01900): a linear map a hidden state.
+
+    Args:
+        dim: Width of the student's frames.
+        layers: The teacher's hidden states ``(S, F, D)`` of any window.
+    """
+    return nn.Linear(dim, layers.shape[0] * layers.shape[2])
+
+
+def layer_loss(found: Tensor, layers: Tensor, real: Tensor) -> Tensor:
+    """Return DistilHuBERT's loss: mean absolute difference, and how little alike directions are.
+
+    Args:
+        found: What the heads predict, ``(N, S, F, D)``.
+        layers: The teacher's states, of the same shape.
+        real: Bool ``(N, 1, F)``, true on frames that the teacher has.
+    """
+    apart = (found - layers).abs().mean(dim=3)  # (N, S, F)
+    alike = functional.cosine_similarity(found, layers, dim=3).sigmoid().log()
+    return ((apart - alike) * real).sum() / (real.sum() * layers.shape[1])
+
+
 def _loss(
     student: Classifier,
     translate: nn.ModuleDict,
@@ -209,14 +260,19 @@ def _loss(
 ) -> Tensor:
     """Return the loss of one batch of windows with target probs ``(N, C)``."""
     heard = [view.arrays["features"] for view in views]
-    longest = max(array.shape[1] for array in heard)
-    features, _ = stack(heard, longest)
-    counts = torch.tensor([frames_of(array.shape[1]) for array in heard])
-    real = torch.arange(frames_of(longest)) < counts[:, None, None]
-    # The student rounds lengths up, the teacher down: its last frame may have nothing to match.
-    frames, matched = stack([view.arrays["frames"] for view in views], frames_of(longest))
+    lengths = torch.tensor([array.shape[1] for array in heard])
+    features, _ = stack(heard, int(lengths.max()))
+    counts = student.encoder.frames_of(lengths)
+    longest = int(counts.max())
+    # The student may round lengths up, the teacher down: some last frames have nothing to match.
+    frames, matched = stack([view.arrays["frames"] for view in views], longest)
     logits = torch.from_numpy(np.stack([view.arrays["logits"] for view in views]))
     embedding = torch.from_numpy(np.stack([view.arrays["embedding"] for view in views]))
+    layers = (
+        stack_layers([view.arrays["layers"] for view in views], longest)
+        if settings.layers
+        else None
+    )
     answers = (logits / settings.temperature).softmax(dim=1)
     if settings.mixup:
         share = float(rng.beta(settings.mixup, settings.mixup))
@@ -227,24 +283,34 @@ def _loss(
 
         features, frames, answers = mix(features), mix(frames), mix(answers)
         embedding, target = mix(embedding), mix(target)
-        real, matched, mask = real | real[other], matched | matched[other], mask | mask[other]
-    features = warp(features, rng, settings.warp)
-    features = hide(features, rng, settings.mask_mels, round(settings.mask_s * 100))
+        layers = None if layers is None else mix(layers)
+        lengths, counts = lengths.maximum(lengths[other]), counts.maximum(counts[other])
+        matched, mask = matched | matched[other], mask | mask[other]
+    if settings.warp:
+        features = warp(features, rng, settings.warp)
+    stretch = round(settings.mask_s * student.encoder.features_hz)
+    features = hide(features, rng, settings.mask_mels, stretch)
+    real = real_frames(counts, longest)
     with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-        states = student.encoder.encode(features, real)
+        states = student.encoder.encode(features, lengths)
         got, pooled = student.head(states, real)
-        near = translate["frames"](states[:, 0]).float().transpose(1, 2)
+        top = states[:, -1]  # (N, F, D)
+        near = translate["frames"](top).float().transpose(1, 2)
     found = translate["embedding"](pooled.float())
     soft = soft_loss(got.float(), answers.clamp(min=1e-6).log(), settings.temperature)
     apart = 1 - functional.cosine_similarity(found, embedding).mean()
     local = ((near - frames).square().mean(dim=1, keepdim=True) * matched).sum() / matched.sum()
     hard = masked_cross_entropy(got.float(), target, mask)
-    return (
+    loss = (
         settings.soft * soft
         + settings.frames * local
         + settings.embedding * apart
         + settings.hard * hard
     )
+    if layers is not None:
+        predicted = translate["layers"](top.float()).unflatten(2, (layers.shape[1], -1))
+        loss = loss + settings.layers * layer_loss(predicted.transpose(1, 2), layers, matched)
+    return loss
 
 
 def fit_student(

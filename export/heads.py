@@ -2,7 +2,8 @@
 
 Beside the convolutions runs a linear probe of the statistics of the states: what a probe can tell
 need not be learned by convolutions. On two of five folds of the training speakers (recipe
-``default``, seed 0) it raised pooled UA from .709 to .726.
+``default``, seed 0) it raised pooled UA from .709 to .726. It sees each state by itself: ridge
+regression of three states tells speakers that it has not heard .697, of their average .674.
 """
 
 import torch
@@ -90,7 +91,7 @@ class CnnHead(nn.Module):
         self.norm = nn.LayerNorm(2 * width)
         self.classify = nn.Linear(2 * width, classes)
         self.probe_norm = nn.LayerNorm(2 * dim)
-        self.probe = nn.Linear(2 * dim, classes)
+        self.probe = nn.Linear(states * 2 * dim, classes)
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states to logits and embedding.
@@ -102,16 +103,20 @@ class CnnHead(nn.Module):
         Returns:
             Logits ``(N, C)`` and embedding ``(N, 2 * width)``.
         """
-        mixed = self.mix(states)
-        embedding = self.norm(self.pool(self.convolve(mixed, mask), mask))
-        probed = self.probe(self.drop_values(self.probe_norm(statistics(mixed, mask))))
-        return self.classify(self.drop_values(embedding)) + probed, embedding
-
-    def mix(self, states: Tensor) -> Tensor:
-        """Weigh hidden states ``(N, S, F, D)`` into one, ``(N, F, D)``."""
         # Hidden states differ by orders of magnitude from layer to layer; normalising each makes
         # the learned weights mean what they say.
         states = functional.layer_norm(states, states.shape[-1:])
+        embedding = self.norm(self.pool(self.convolve(self.mix(states), mask), mask))
+        probed = self.probe(self.drop_values(self.probed(states, mask)))
+        return self.classify(self.drop_values(embedding)) + probed, embedding
+
+    def probed(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return what the probe sees of normalised states ``(N, S, F, D)``: ``(N, S * 2 * D)``."""
+        each = (self.probe_norm(statistics(state, mask)) for state in states.unbind(dim=1))
+        return torch.cat(list(each), dim=1)
+
+    def mix(self, states: Tensor) -> Tensor:
+        """Weigh normalised hidden states ``(N, S, F, D)`` into one, ``(N, F, D)``."""
         shares = self.weights.softmax(dim=0).unbind()
         return sum(s * state for s, state in zip(shares, states.unbind(dim=1), strict=True))
 

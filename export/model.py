@@ -28,7 +28,7 @@ class Classifier(nn.Module):
         return self.head(self.encoder(samples))
 
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same for the log-mel ``(N, mels, F)`` of the samples; mel encoders only."""
+        """Return the same for what `features` of the encoder makes of samples."""
         return self.head(self.encoder.encode(features))
 
     def fold_norms(self) -> "Classifier":

@@ -58,18 +58,23 @@ class _Windows(CalibrationDataReader):  # type: ignore[misc]
 def float_nodes(graph: onnx.GraphProto) -> list[str]:
     """Return the Conv, Gemm and MatMul nodes that stay float.
 
-    The log-mel front end spans more decades than 8 bits hold. Products of two activations are the
-    attention, whose probabilities shrink with the length of the window. The last layers give
-    the logits, and cost nothing.
+    The log-mel front end spans more decades than 8 bits hold, and so do raw samples. A convolution
+    with a single input channel hears these, or a channel each, which INT8 does not make faster.
+    Products of two activations are the attention, whose probabilities shrink with the length of the
+    window. The last layers give the logits, and cost nothing.
     """
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tensor.dims for tensor in graph.initializer}
     front_end = {name for name in constants if ".mel." in name}
     producers = {output: node for node in graph.node for output in node.output}
     kept = [
         node.name
         for node in graph.node
         if node.op_type in QUANTIZED
-        and (front_end & set(node.input) or node.input[1] not in constants)
+        and (
+            front_end & set(node.input)
+            or node.input[1] not in constants
+            or (node.op_type == "Conv" and constants[node.input[1]][1] == 1)
+        )
     ]
     return [*kept, *(node.name for node in _last_layers(producers, "logits"))]
 

@@ -17,6 +17,9 @@ else:
     import tomli as tomllib
 
 
+FAMILIES = ("whisper", "mel", "wav")
+
+
 @dataclass(frozen=True)
 class Data:
     """Which speech.
@@ -62,19 +65,33 @@ class EncoderChoice:
     """Which encoder.
 
     Attributes:
-        family: "whisper" (frozen) or "mel" (Whisper's two convolutions, frozen, and a student
-            behind them).
-        source: Checkpoint of Whisper: a folder under ``--weights`` or a hub id.
-        layers: Transformer layers kept (whisper) or residual blocks (mel).
+        family: "whisper" (its lowest layers), or a student: "mel" (Whisper's two convolutions,
+            frozen, and dense ones behind them), "wav" (samples to transformer layers).
+        layers: Transformer layers (whisper: the lowest; wav), or residual blocks (mel).
+        source: Checkpoint of Whisper: a folder under ``--weights`` or a hub id; none for wav.
         states: How many hidden states of whisper the head weighs, the uppermost.
-        width: Channels of the student's blocks.
+        width: Channels of a student, mel or wav.
+        heads: Attention heads that whisper's layers keep (see `export.encoders.narrow`); 0 keeps all.
+        feed_forward: Hidden units that whisper's layers keep; 0 keeps all.
     """
 
     family: str
     layers: int
-    source: str
+    source: str = ""
     states: int = 3
     width: int = 256
+    heads: int = 0
+    feed_forward: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise RecipeError(f"encoder.family = {self.family!r}, allowed are {list(FAMILIES)}")
+        if bool(self.source) == (self.family == "wav"):
+            raise RecipeError(
+                f"encoder.source = {self.source!r}: whisper and mel need a checkpoint, wav has none"
+            )
+        if self.family == "wav" and (self.width < 32 or self.width % 32):
+            raise RecipeError(f"encoder.width = {self.width}: of wav, multiples of 32 are allowed")
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,11 @@ class Train:
         nonspeech: Sounds that are no speech (see `export.nonspeech`), heard with the clips.
         folds: Heads that are trained beside the one that is shipped, each without some of the
             speakers: their answers set the temperature, the threshold and the adaptation.
+        teacher: A recipe beside this one with the same folds and a frozen encoder, which must have
+            been run: training begins with its head, and learns the mean answer of its heads beside
+            the labels. Only with ``tuned``.
+        seeds: Seeds of the teacher whose answers are averaged.
+        soft: Share of the teacher in the loss.
     """
 
     epochs: int
@@ -128,6 +150,9 @@ class Train:
     hold: float = 0.2
     nonspeech: int = 0
     folds: int = 4
+    teacher: str = ""
+    seeds: tuple[int, ...] = (0,)
+    soft: float = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -136,16 +161,20 @@ class Distill:
 
     Attributes:
         teacher: The recipe of the teacher, beside this one; it must have been run.
+        seeds: Seeds of the teacher whose answers are averaged.
         cpu_minutes: Length of the training in minutes of processor time of its one thread.
         views: Augmented copies of each clip that the teacher answers once.
         batch: Clips a step.
         learning_rate: Peak; rises over the first 5 % of the time and falls to 0 as a cosine.
+        tuned_rate: The same of layers that are pretrained: those of whisper.
         weight_decay: Of AdamW.
         temperature: Softens both answers before they are compared (arXiv 1503.02531).
         soft: Weight of the softened answers.
         frames: Weight of the mean squared distance of the frames before pooling, through a learned
             map (arXiv 1412.6550).
         embedding: Weight of the cosine distance of the embeddings.
+        layers: Weight of DistilHuBERT's loss (arXiv 2110.01900): one map a hidden state of the
+            teacher predicts it from the student's frames.
         hard: Weight of the labels.
         balance: As in Train, for the labels.
         mixup: As in Train.
@@ -161,14 +190,17 @@ class Distill:
 
     teacher: str
     cpu_minutes: float
+    seeds: tuple[int, ...] = (0,)
     views: int = 6
     batch: int = 32
     learning_rate: float = 1e-3
+    tuned_rate: float = 3e-4
     weight_decay: float = 0.05
     temperature: float = 2.0
     soft: float = 1.0
     frames: float = 2.0
     embedding: float = 1.0
+    layers: float = 0.0
     hard: float = 0.5
     balance: float = 0.5
     mixup: float = 0.3
@@ -212,12 +244,14 @@ class Recipe:
             raise RecipeError(f"name = {self.name!r}; allowed: letters, digits, '-' and '_'")
         if (self.train is None) == (self.distill is None):
             raise RecipeError("a recipe has either [train] or [distill], exactly one of them")
-        family = "whisper" if self.train else "mel"
-        if self.encoder.family != family:
+        if self.train and self.encoder.family != "whisper":
             raise RecipeError(
-                f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper' (frozen), "
-                "[distill] takes 'mel'"
+                f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper'; mel and wav "
+                "are students, which [distill] trains"
             )
+        if self.distill and self.encoder.family == "wav":
+            if self.distill.warp or self.distill.mask_mels:
+                raise RecipeError("wav hears no mel bands: set distill.warp and mask_mels to 0")
         if self.train and self.train.tuned:
             tuned, encoder = self.train.tuned, self.encoder
             if not encoder.states - 1 <= tuned <= encoder.layers:
@@ -227,6 +261,10 @@ class Recipe:
                 )
             if self.train.ridge:
                 raise RecipeError("train.ridge needs a frozen encoder; leave ridge or tuned out")
+        elif self.train and self.train.teacher:
+            raise RecipeError(
+                "train.teacher needs train.tuned, for the teacher's encoder is frozen"
+            )
 
 
 def read_recipe(path: Path) -> Recipe:

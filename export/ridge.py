@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from export.corpora import Clip
-from export.heads import CnnHead, statistics
+from export.heads import CnnHead
 from export.splits import folds, speakers
 from export.targets import Targets, masked_cross_entropy
 from export.views import View
@@ -104,6 +104,6 @@ def add_ridge(
 
 
 def _inputs(head: CnnHead, view: View) -> Tensor:
-    """Return what the probe of a head sees of a view, float64 ``(1, 2 D)``."""
+    """Return what the probe of a head sees of a view, float64 ``(1, S * 2 D)``."""
     states = torch.from_numpy(view.arrays["states"]).float()[None]
-    return head.probe_norm(statistics(head.mix(states))).double()
+    return head.probed(functional.layer_norm(states, states.shape[-1:])).double()

@@ -1,6 +1,7 @@
 """A recipe from speech to a certified bundle: its stages, and where each lies.
 
-<out>/<name>/features | targets   what is cached of every clip, for all seeds
+<out>/<name>/features             what is cached of every clip, for all seeds
+<out>/<name>/targets-<key>        what students of it hear and are taught
 <out>/<name>/baselines            linear probe and MFCC + SVM on the same split
 <out>/<name>/seed<N>/folds        out-of-fold scores, for a recipe with [folds]
 <out>/<name>/seed<N>/train        the head, or the student
@@ -30,7 +31,7 @@ from export.pack import describe, make_bundle
 from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
-from export.stage import discard, fingerprint, run_stage
+from export.stage import discard, fingerprint, key_of, run_stage
 from export.views import Compute, make_sound_views, make_views
 
 Make = Callable[[Path], None]
@@ -66,6 +67,7 @@ class Run:
         seed: Of all chance in training.
         only: Stop after this stage; `forget` starts with it.
         start: `forget` starts with this stage.
+        recipe: In place of what the file holds: a variant of it.
 
     Attributes:
         keys: The key of every stage that was made or found, by its name.
@@ -84,9 +86,10 @@ class Run:
         seed: int = 0,
         only: str | None = None,
         start: str | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         self.path, self.weights, self.out, self.seed = path, weights, out, seed
-        self.recipe = read_recipe(path)
+        self.recipe = recipe or read_recipe(path)
         self.speech = Speech(self.recipe, corpora)
         self.home = out / self.recipe.name
         self.folder = self.home / f"seed{seed}"
@@ -126,13 +129,23 @@ class Run:
         """Return the stages that all seeds share."""
         speech, recipe = self.speech, self.recipe
         if recipe.distill:
-            teacher, trained = self._teacher()
-            load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder)
-            files = [trained / part / "model.safetensors" for part in TEACHERS.values()]
-            reads = {"teacher": fingerprint(files), "pretrained": pretrained(recipe, self.weights)}
+            teacher, trained = self.teacher()
             settings = recipe.distill
-            cached = views_of(speech, settings.views, settings.nonspeech, reads, load)
-            return [Stage("targets", self.home / "targets", None, *cached)]
+            layers = settings.layers > 0
+            load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder, layers)
+            files = [f / part / "model.safetensors" for f in trained for part in TEACHERS.values()]
+            reads = {
+                "teacher": fingerprint(files),
+                "pretrained": [
+                    pretrained(one, self.weights) for one in (teacher, recipe) if one.encoder.source
+                ],
+                "features": "samples" if recipe.encoder.family == "wav" else "mel",
+                "layers": layers,
+            }
+            reads, make = views_of(speech, settings.views, settings.nonspeech, reads, load)
+            # Students that hear the same from the same teacher share it.
+            home = self.out / teacher.name / f"targets-{key_of(reads)[:8]}"
+            return [Stage("targets", home, None, reads, make)]
         home = self.home / "features"
         features = Stage("features", home, None, *features_of(speech, self.weights))
         if recipe.folds:
@@ -150,23 +163,29 @@ class Run:
             name: getattr(recipe, name)
             for name in ("data", "encoder", "head", "train", "distill", "folds")
         }
-        cache = self.home / ("targets" if recipe.distill else "features")
+        cache = self.shared()[0]
         if recipe.folds:
-            make = partial(make_folds, speech, self.weights, cache, seed)
-            reads = {**settings, "seed": seed}
+            teachers, of_teachers = teachers_of(self.path, recipe, self.out, "folds")
+            make = partial(make_folds, speech, self.weights, cache.folder, seed, teachers)
+            reads = {**settings, "seed": seed, **of_teachers}
             return [Stage("folds", self.folder / "folds", cache.name, reads, make)]
-        learn = partial(make_student if recipe.distill else make_heads, speech, self.weights)
+        learn = partial(make_student, speech, self.weights, cache.folder, seed)
+        reads = {**settings, "seed": seed}
+        if recipe.train:
+            teachers, of_teachers = teachers_of(self.path, recipe, self.out, "train")
+            learn = partial(make_heads, speech, self.weights, cache.folder, seed, teachers)
+            reads |= of_teachers
         folders = {
             name: self.folder / name for name in ("train", "graph", "quantize", "certify", "bundle")
         }
         makes: dict[str, Make] = {
-            "train": partial(learn, cache, seed),
+            "train": learn,
             "graph": partial(make_graph, speech, self.weights, folders["train"]),
             "quantize": partial(make_int8, speech, folders["graph"]),
             "certify": self._certify,
             "bundle": self._bundle,
         }
-        reads_of: dict[str, dict[str, Any]] = {"train": {**settings, "seed": seed}}
+        reads_of: dict[str, dict[str, Any]] = {"train": reads}
         stages, after = [], cache.name
         for name, make in makes.items():
             stages.append(Stage(name, folders[name], after, reads_of.get(name, {}), make))
@@ -184,7 +203,7 @@ class Run:
         """Return the scores of every finished seed of the teacher; none without a teacher."""
         if not self.recipe.distill:
             return []
-        home = self.out / self._teacher()[0].name
+        home = self.out / self.teacher()[0].name
         files = sorted(home.glob("seed*/certify/certificate.json"))
         return [_read_json(file)["systems"] for file in files]
 
@@ -217,27 +236,62 @@ class Run:
 
         A student's own answers for speakers whom it has not heard are too few to learn one.
         """
-        home = self._teacher()[1] if self.recipe.distill else self.folder / "train"
+        home = self.teacher()[1][0] if self.recipe.distill else self.folder / "train"
         return home / ADAPTATION
 
     def _metadata(self) -> Any:
         teacher = None
         if self.recipe.distill:
-            recipe, trained = self._teacher()
-            sha256 = fingerprint([trained / "model.safetensors"])
+            recipe, trained = self.teacher()
+            sha256 = fingerprint([folder / "model.safetensors" for folder in trained])
             teacher = {"name": recipe.name, "sha256": sha256}
         confidence = _read_json(self.folder / "train" / "confidence.json")
         return describe(self.speech, confidence, teacher)
 
-    def _teacher(self) -> tuple[Recipe, Path]:
-        """Return the teacher's recipe and the folder of its training, which must be there."""
+    def teacher(self) -> tuple[Recipe, list[Path]]:
+        """Return the teacher's recipe and the folders of its trainings, which must be there."""
         assert self.recipe.distill  # only such recipes have a teacher
         path = self.path.parent / self.recipe.distill.teacher
         recipe = read_recipe(path)
-        trained = self.out / recipe.name / "seed0" / "train"
-        if not (trained / "model.safetensors").is_file():
-            raise RecipeError(f"no teacher {str(trained)!r}; run {path} with the same --out first")
-        return recipe, trained
+        folders = []
+        for seed in self.recipe.distill.seeds:
+            folders.append(self.out / recipe.name / f"seed{seed}" / "train")
+            if not (folders[-1] / "model.safetensors").is_file():
+                raise RecipeError(
+                    f"no teacher {str(folders[-1])!r}; run {path} with the same --out first, "
+                    f"--seeds {seed}"
+                )
+        return recipe, folders
+
+
+def teachers_of(
+    path: Path, recipe: Recipe, out: Path, stage: str
+) -> tuple[list[Path], dict[str, Any]]:
+    """Return the folders of a stage of every seed of ``train.teacher``, and what they depend on.
+
+    Args:
+        path: The recipe's file; the teacher's lies beside it.
+        recipe: What it holds.
+        out: Where the results are.
+        stage: The stage that trains in the same folds.
+
+    Raises:
+        RecipeError: The teacher has not been run.
+    """
+    assert recipe.train  # only such recipes have such teachers
+    if not recipe.train.teacher:
+        return [], {}
+    teacher = path.parent / recipe.train.teacher
+    home = out / read_recipe(teacher).name
+    folders = [home / f"seed{seed}" / stage for seed in recipe.train.seeds]
+    for folder, seed in zip(folders, recipe.train.seeds, strict=True):
+        if not folder.is_dir():
+            raise RecipeError(
+                f"no teacher {str(folder)!r}; run {teacher} with the same --out first, "
+                f"--seeds {seed}"
+            )
+    files = [file for folder in folders for file in sorted(folder.glob("*/model.safetensors"))]
+    return folders, {"teachers": fingerprint(files)}
 
 
 def features_of(speech: Speech, weights: Path | None) -> tuple[dict[str, Any], Make]:

@@ -28,8 +28,7 @@ def run_stage(folder: Path, reads: dict[str, Any], make: Callable[[Path], None])
     Returns:
         The key of the stage, for the ``reads`` of the next.
     """
-    document = json.loads(json.dumps(reads, default=_plain, sort_keys=True))
-    key = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+    document, key = _document(reads), key_of(reads)
     done = {"key": key, "reads": document}
     if _read(folder / KEY_FILE) == done:
         print(f"{folder}: nothing changed", file=sys.stderr)
@@ -46,6 +45,15 @@ def run_stage(folder: Path, reads: dict[str, Any], make: Callable[[Path], None])
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return key
+
+
+def key_of(reads: dict[str, Any]) -> str:
+    """Return the key of a stage that reads these, SHA-256 in hexadecimal."""
+    return hashlib.sha256(json.dumps(_document(reads)).encode()).hexdigest()
+
+
+def _document(reads: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(reads, default=_plain, sort_keys=True))
 
 
 def discard(folder: Path) -> None:

@@ -60,6 +60,29 @@ def smoothed(label: Tensor, mask: Tensor, smoothing: float) -> Tensor:
     return one_hot * (1 - share) + share * mask / mask.sum(dim=1, keepdim=True)
 
 
+def mean_answer(answers: Sequence[Tensor]) -> Tensor:
+    """Return logits ``(N, C)`` whose probs are the geometric mean of those of several networks."""
+    if len(answers) == 1:
+        return answers[0]
+    return torch.stack([logits.log_softmax(dim=1) for logits in answers]).mean(dim=0)
+
+
+def soft_loss(
+    student: Tensor, teacher: Tensor, temperature: float, weights: Tensor | None = None
+) -> Tensor:
+    """Return T^2 times the divergence of softened answers (arXiv 1503.02531), both ``(N, C)``.
+
+    Args:
+        student: Logits.
+        teacher: Log-probs at the same temperature.
+        temperature: T.
+        weights: Of the clips, ``(N,)``; none weighs all alike.
+    """
+    answers = (student / temperature).log_softmax(dim=1)
+    each = functional.kl_div(answers, teacher, reduction="none", log_target=True).sum(dim=1)
+    return (each if weights is None else each * weights).mean() * temperature**2
+
+
 def masked_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean cross-entropy over the labels that each clip's corpus has.
 

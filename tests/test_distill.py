@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cosine
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import nn
@@ -11,18 +12,20 @@ from export.distill import (
     TEACHERS,
     _loss,
     distill,
+    layer_loss,
     load_teacher,
-    soft_loss,
+    rates,
     stack,
     taught_by,
 )
 from export.encoders import load_encoder
 from export.encoders.mel import MelEncoder
-from export.encoders.whisper import WhisperStem
+from export.encoders.wav import WavEncoder
+from export.encoders.whisper import WhisperEncoder, WhisperStem
 from export.heads import CnnHead
 from export.model import Classifier, load_classifier, new_classifier, trained_part
 from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
-from export.targets import Targets
+from export.targets import Targets, mean_answer, soft_loss
 from export.train import CHECKPOINT
 from export.views import View
 from tests.speech_corpus import LABELS, RESONANCES_HZ, make_whisper, voice
@@ -80,7 +83,7 @@ def test_each_student_hears_its_own_teacher(tmp_path, tuned):
         save_file(state, tmp_path / part / "model.safetensors")
     samples = voice(1000.0, 120.0, 0.8, 0) * 9  # beyond 1.0, as a gain can make it
     student = EncoderChoice("mel", 1, "small", width=8)
-    answer = load_teacher(teacher, tmp_path, tmp_path, student)
+    answer = load_teacher(teacher, tmp_path, [tmp_path], student)
     view = View(3, 1, answer(samples))
     window = torch.from_numpy(samples)[None]
     found = {}
@@ -106,11 +109,11 @@ def test_each_student_hears_its_own_teacher(tmp_path, tuned):
     assert (found["choice"] - found["refit"]).abs().max() > 0.05
 
 
-def toy(clips=36):
+def toy(clips=36, front_end=WhisperStem(16, 8).features):  # noqa: B008 - it has no state
     """Return voices, what a sure teacher says of them, and their labels."""
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((3, 8)).astype(np.float32)
-    views, front_end = [], WhisperStem(16, 8).features
+    views = []
     for clip in range(clips):
         label = clip % 3
         samples = voice(RESONANCES_HZ[LABELS[label]], rng.uniform(90, 220), 0.5, clip)
@@ -119,6 +122,7 @@ def toy(clips=36):
             "frames": np.repeat(embeddings[label, :5, None], 12, axis=1).astype(np.float16),
             "logits": 6 * np.eye(3, dtype=np.float32)[label],
             "embedding": embeddings[label],
+            "layers": np.repeat(embeddings[label, None, None, :6], 12, axis=1).repeat(2, axis=0),
         }
         views.append(View(clip, 0, arrays))
     label = torch.arange(clips) % 3
@@ -128,6 +132,18 @@ def toy(clips=36):
 def new_student():
     torch.manual_seed(0)
     return Classifier(MelEncoder(WhisperStem(16, 8), 16, 1), CnnHead(1, 16, 3, width=8))
+
+
+def slim_student():
+    torch.manual_seed(0)
+    config = {"num_mel_bins": 16, "d_model": 16, "encoder_layers": 1, "max_source_positions": 50}
+    config |= {"encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    return Classifier(WhisperEncoder(config, 1, 1.0, 2), CnnHead(2, 16, 3, width=8))
+
+
+def wav_student():
+    torch.manual_seed(0)
+    return Classifier(WavEncoder(32, 1), CnnHead(1, 32, 3, width=8))
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +159,7 @@ SETTINGS = Distill("t.toml", 3 / 60, batch=8, learning_rate=5e-3, average=0.9, m
 
 
 def right(student, clips):
-    views, targets = toy()
+    views, targets = toy(front_end=student.encoder.features)
     with torch.no_grad():
         answers = [
             student.from_features(torch.from_numpy(views[c].arrays["features"]).float()[None])[0]
@@ -164,6 +180,54 @@ def test_a_student_learns_what_its_teacher_says(tmp_path, hard):
     distill(student, views, targets, chosen, replace(SETTINGS, hard=hard), seed=0, folder=tmp_path)
     assert not student.training
     assert right(student, range(24, 36)) == 1.0
+
+
+@pytest.mark.parametrize("make", [slim_student, wav_student])
+@pytest.mark.parametrize("layers", [0.0, 1.0])
+def test_every_kind_of_student_learns(tmp_path, make, layers):
+    student = make()
+    views, targets = toy(front_end=student.encoder.features)
+    settings = replace(SETTINGS, layers=layers, cpu_minutes=8 / 60, warp=0.0, mask_mels=0)
+    distill(student, views, targets, list(range(24)), settings, seed=0, folder=tmp_path)
+    assert right(student, range(24, 36)) >= 0.9
+
+
+def test_pretrained_layers_learn_at_their_own_rate():
+    student, heads = slim_student(), nn.Linear(3, 4)
+    new, pretrained = rates(student, heads, replace(SETTINGS, tuned_rate=1e-4))
+    assert (new["rate"], pretrained["rate"]) == (5e-3, 1e-4)
+    assert {id(p) for p in pretrained["params"]} == {
+        id(p) for p in student.encoder.layers.parameters()
+    }
+    learned = {id(p) for p in (*student.head.parameters(), *heads.parameters())}
+    assert {id(p) for p in new["params"]} == learned
+    (alone,) = rates(wav_student(), heads, SETTINGS)
+    assert alone["rate"] == 5e-3
+
+
+def test_several_teachers_answer_with_the_geometric_mean_of_their_probs():
+    first, second = np.random.default_rng(0).standard_normal((2, 5, 3)) * 3
+    found = softmax(mean_answer([torch.from_numpy(first), torch.from_numpy(second)]), axis=1)
+    expected = np.sqrt(softmax(first, axis=1) * softmax(second, axis=1))
+    np.testing.assert_allclose(found, expected / expected.sum(axis=1, keepdims=True))
+    alone = torch.from_numpy(first)
+    assert mean_answer([alone]) is alone
+
+
+def test_the_layer_loss_is_that_of_distilhubert():
+    rng = np.random.default_rng(0)
+    found, layers = rng.standard_normal((2, 2, 3, 7, 4))
+    real = np.zeros((2, 1, 7), bool)
+    real[0, 0, :7] = real[1, 0, :4] = True
+    sums = []
+    for clip, frames in ((0, 7), (1, 4)):
+        for state in range(3):
+            for frame in range(frames):
+                a, b = found[clip, state, frame], layers[clip, state, frame]
+                alike = 1 - cosine(a, b)
+                sums.append(np.abs(a - b).mean() - np.log(1 / (1 + np.exp(-alike))))
+    got = layer_loss(*(torch.from_numpy(array) for array in (found, layers, real)))
+    assert got.item() == pytest.approx(np.mean(sums))
 
 
 def test_labels_alone_are_learned_as_well(tmp_path):

@@ -106,6 +106,7 @@ def test_states_are_weighted_and_their_scale_is_not():
         scales = torch.tensor([1.0, 50.0, 1000.0])[:, None, None]
         torch.testing.assert_close(network(states * scales)[0], expected, atol=1e-4, rtol=1e-4)
         network.weights[:] = torch.tensor([0.0, 60.0, 0.0])
+        network.probe.weight.unflatten(1, (3, 32))[:, [0, 2]] = 0
         chosen = network(states)[0]
         states[:, [0, 2]] = torch.randn(1, 2, 10, 16)
         torch.testing.assert_close(network(states)[0], chosen)
@@ -128,6 +129,6 @@ def test_the_default_head_has_about_half_a_million_parameters():
         "norm": 2 * 512,
         "classify": 512 * 7 + 7,
         "probe_norm": 2 * 2 * 512,
-        "probe": 2 * 512 * 7 + 7,
+        "probe": 5 * 2 * 512 * 7 + 7,
     }
-    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 573_011
+    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 601_683

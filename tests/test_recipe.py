@@ -222,17 +222,33 @@ def test_a_recipe_either_trains_or_distills(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "family"),
+    ("text", "message"),
     [
-        (SMALL.replace("whisper", "mel"), "mel"),
-        (STUDENT.replace("mel", "whisper"), "whisper"),
-        (SMALL.replace("whisper", "wav2vec2"), "wav2vec2"),
+        (
+            SMALL.replace("whisper", "mel"),
+            "encoder.family = 'mel': [train] takes 'whisper'; mel and wav are students, which "
+            "[distill] trains",
+        ),
+        (
+            SMALL.replace("whisper", "wav2vec2"),
+            "encoder.family = 'wav2vec2', allowed are ['whisper', 'mel', 'wav']",
+        ),
+        (
+            STUDENT.replace("mel", "wav"),
+            "encoder.source = 'small': whisper and mel need a checkpoint, wav has none",
+        ),
+        (
+            STUDENT.replace('"mel"', '"wav"\nwidth = 48').replace('source = "small"', ""),
+            "encoder.width = 48: of wav, multiples of 32 are allowed",
+        ),
+        (
+            STUDENT.replace("mel", "wav").replace('source = "small"', ""),
+            "wav hears no mel bands: set distill.warp and mask_mels to 0",
+        ),
     ],
 )
-def test_an_encoder_of_the_other_family_is_refused(tmp_path, text, family):
-    assert refusal(tmp_path, text) == (
-        f"encoder.family = {family!r}: [train] takes 'whisper' (frozen), [distill] takes 'mel'"
-    )
+def test_an_encoder_that_does_not_fit_is_refused(tmp_path, text, message):
+    assert refusal(tmp_path, text) == message
 
 
 def test_a_missing_file_is_named(tmp_path):

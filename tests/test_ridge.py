@@ -54,12 +54,19 @@ def toy(speakers=6, noise=1.0):
     return head, views, clips, Targets(label, torch.ones(24, 3, dtype=torch.bool), group=label)
 
 
+def seen(head, states):
+    """Return the statistics of each normalised state, one behind the other."""
+    normed = torch.nn.functional.layer_norm(states, states.shape[-1:])
+    each = [head.probe_norm(statistics(normed[:, number])) for number in range(states.shape[1])]
+    return torch.cat(each, dim=1)
+
+
 def answers(head, views):
     states = [torch.from_numpy(v.arrays["states"]).float()[None] for v in views if not v.number]
     with torch.no_grad():
         return (
             torch.cat([head(one)[0] for one in states]),
-            torch.cat([head.probe_norm(statistics(head.mix(one))) for one in states]).double(),
+            torch.cat([seen(head, one) for one in states]).double(),
         )
 
 

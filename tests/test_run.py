@@ -311,7 +311,8 @@ def test_no_augmented_view_of_a_test_speaker_is_kept(home):
     from export.views import load_views
 
     clips = load_corpora(home / "corpora", list(SPEAKERS))
-    for folder in (home / "out" / "teacher" / "features", home / "out" / "student" / "targets"):
+    (targets,) = (home / "out" / "teacher").glob("targets-*")
+    for folder in (home / "out" / "teacher" / "features", targets):
         views = load_views(folder)
         augmented = {clips[view.clip].speaker_key for view in views if view.number}
         assert augmented
@@ -476,8 +477,78 @@ def test_a_teacher_that_was_not_run_is_one_line(copy, capsys):
     shutil.rmtree(copy / "out" / "teacher")
     trained = copy / "out" / "teacher" / "seed0" / "train"
     assert failure(capsys, copy, "student") == (
-        f"no teacher {str(trained)!r}; run {copy / 'teacher.toml'} with the same --out first"
+        f"no teacher {str(trained)!r}; run {copy / 'teacher.toml'} with the same --out first, "
+        "--seeds 0"
     )
+
+
+VARIANTS = """
+base = "student.toml"
+[common]
+distill = { cpu_minutes = 0.04, refit = false }
+[variants.slim]
+encoder = { family = "whisper", layers = 1, states = 2, heads = 1, feed_forward = 32 }
+[variants.wav]
+encoder = { family = "wav", source = "", layers = 1, width = 32 }
+distill = { warp = 0, mask_mels = 0, layers = 1 }
+"""
+
+
+def test_candidates_are_distilled_timed_and_drawn(copy, capsys):
+    (copy / "front.toml").write_text(VARIANTS)
+    command = ["front", *arguments(copy, "front", "--seeds", "0,1")[1:]]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    found = json.loads((copy / "out" / "front" / "front.json").read_text())
+    assert (copy / "out" / "front" / "front.md").read_text() in table
+    assert (copy / "out" / "front" / "front.png").stat().st_size > 10_000
+    rows = found["candidates"]
+    assert set(rows) == {"teacher", "student", "slim", "wav"}
+    assert found["clips"] == 2 * 6  # of validation speakers
+    for name, row in rows.items():
+        assert len(row["pooled"]["values"]) == (1 if name == "teacher" else 2)
+        assert row["ms"] > 0
+        home = copy / "out" / (name if name == "teacher" else f"front-{name}") / "seed0"
+        files = ("model_int8_x86.onnx", "model_int8.bin")
+        size = sum((home / "quantize" / file).stat().st_size for file in files)
+        assert row["mb"] == pytest.approx(size / 1e6, abs=0.005)
+    assert any(row.get("front") for row in rows.values())
+    assert not list(copy.glob("out/front-*/*/certify"))  # test speakers are not for choosing
+    before = made(copy, "front-wav")
+    assert main(command) == 0
+    assert made(copy, "front-wav") == before
+
+
+def test_variants_of_a_student_answer_the_validation_speakers(copy, capsys):
+    (copy / "parts.toml").write_text(VARIANTS)
+    command = ["ablate", *arguments(copy, "parts")[1:]]
+    assert main(command) == 0
+    found = json.loads((copy / "out" / "parts" / "ablation.json").read_text())
+    assert list(found["variants"]) == ["base", "slim", "wav"]
+    assert found["clips"] == 2 * 6
+    before = made(copy, "parts")
+    assert len(before) == 3
+    assert main(command) == 0
+    assert made(copy, "parts") == before
+    assert len(list((copy / "out" / "teacher").glob("targets-*"))) == 2  # mel bands, and samples
+
+
+def test_only_students_are_candidates(copy, capsys):
+    (copy / "front.toml").write_text(
+        'base = "teacher.toml"\n[variants.longer]\ntrain = { epochs = 31 }\n'
+    )
+    assert main(["front", *arguments(copy, "front")[1:]]) == 1
+    expected = "candidates are students; base must be a recipe with [distill]"
+    assert capsys.readouterr().err.endswith(f"{expected}\n")
+
+
+def test_folds_have_no_variants(copy, capsys):
+    (copy / "parts.toml").write_text(
+        'base = "folded.toml"\n[variants.longer]\ntrain = { epochs = 16 }\n'
+    )
+    assert main(["ablate", *arguments(copy, "parts")[1:]]) == 1
+    expected = "a recipe with [folds] has no variants; leave [folds] out"
+    assert capsys.readouterr().err.endswith(f"{expected}\n")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,28 @@ def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
     torch.testing.assert_close(found, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-4)
 
 
+def test_as_a_student_it_hears_padded_clips_as_they_are(checkpoint):
+    encoder = load_whisper(str(checkpoint), 2, 2.0, 2)
+    samples = torch.from_numpy(np.stack([speech(2), speech(2, seed=1)]))
+    features = encoder.features(samples)
+    lengths = torch.tensor([120, 200])
+    features[0, :, 120:] = 0  # as clips are padded
+    with torch.no_grad():
+        padded = encoder.encode(features, lengths)
+        alone = encoder.encode(features[:1, :, :120])
+        assert torch.equal(encoder.encode(encoder.features(samples)), encoder(samples))
+    frames = int(encoder.frames_of(torch.tensor(120)))
+    assert alone.shape == (1, 2, frames, 32)
+    torch.testing.assert_close(padded[:1, :, :frames], alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded[1], encoder.encode(features[1:])[0], atol=1e-4, rtol=0)
+
+
+def test_convolutions_and_positions_stay_as_they_are_and_layers_learn(checkpoint):
+    encoder = load_whisper(str(checkpoint), 1, 1.0, 2)
+    learned = {name for name, weight in encoder.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[0] for name in learned} == {"layers"}
+
+
 def test_what_is_said_of_the_encoder_is_true(checkpoint):
     encoder = load_whisper(str(checkpoint), 2, 1.0, 3)
     assert (encoder.states, encoder.dim, encoder.frame_rate_hz) == (3, 32, 25.0)

@@ -1,6 +1,8 @@
 """Speech encoders: samples ``(N, T)`` to hidden states ``(N, S, F, D)``, one file a family.
 
-Every encoder has ``states`` (S), ``dim`` (D) and ``frame_rate_hz``.
+Every encoder has ``states`` (S), ``dim`` (D) and ``frame_rate_hz``. In two steps, for students:
+``features`` makes of samples what no training changes, at ``features_hz``, and ``encode`` makes of
+that the hidden states; ``frames_of`` counts them.
 """
 
 from pathlib import Path
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 from export.encoders.mel import MelEncoder
+from export.encoders.wav import WavEncoder
 from export.encoders.whisper import load_stem, load_whisper
+from export.encoders.narrow import narrow
 from export.recipe import EncoderChoice
 from export.views import Arrays, Compute, Samples
 
@@ -27,11 +31,14 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
     Raises:
         RecipeError: The checkpoint does not fit the choice.
     """
+    if choice.family == "wav":
+        return WavEncoder(choice.width, choice.layers)
     local = weights / choice.source if weights else None
     source = str(local) if local and local.is_dir() else choice.source
     if choice.family == "mel":
         return MelEncoder(load_stem(source), choice.width, choice.layers)
-    return load_whisper(source, choice.layers, window_s, choice.states)
+    whisper = load_whisper(source, choice.layers, window_s, choice.states)
+    return narrow(whisper, choice.heads, choice.feed_forward)
 
 
 def encode_states(

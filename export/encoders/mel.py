@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.encoders.whisper import WhisperStem
+from export.encoders.whisper import WhisperStem, real_frames
 
 
 class ResidualBlock(nn.Module):
@@ -45,12 +45,13 @@ class MelEncoder(nn.Module):
     """
 
     frame_rate_hz = 25.0
+    features_hz = 100
     states = 1
 
     def __init__(self, stem: WhisperStem, width: int, layers: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.dim = width
-        self.stem = stem.requires_grad_(False)
+        self.stem = stem
         self.even = nn.BatchNorm1d(stem.dim)
         self.halve = normed_conv(stem.dim, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(
@@ -60,23 +61,32 @@ class MelEncoder(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, 1, F, D)``."""
-        return self.encode(self.stem.features(samples))
+        return self.encode(self.features(samples))
 
-    def encode(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+    def features(self, samples: Tensor) -> Tensor:
+        """Float32 samples ``(N, T)`` at 16 kHz to log-mel ``(N, mels, F at 100 Hz)``."""
+        return self.stem.features(samples)
+
+    @staticmethod
+    def frames_of(features: Tensor) -> Tensor:
+        """Return how many frames become of so many at 100 Hz: two halvings, rounded up."""
+        return (features + 3) // 4
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-mel to hidden states.
 
         Args:
-            features: As the stem gives them, ``(N, mels, F at 100 Hz)``.
-            mask: Bool ``(N, 1, F at 25 Hz)``, true on real frames; none when nothing is padded.
+            features: ``(N, mels, F at 100 Hz)``.
+            lengths: Real frames of each, int64 ``(N,)``; none when nothing is padded.
         """
+        mask = None
+        if lengths is not None:
+            longest = torch.tensor(features.shape[2])
+            mask = real_frames(self.frames_of(lengths), int(self.frames_of(longest)))
         # A few of the stem's channels are far louder than the others.
-        frames = self.even(self.stem.convolve(features).transpose(1, 2))  # (N, dim, F at 50 Hz)
+        heard = self.stem.convolve(features, lengths)
+        frames = self.even(heard.transpose(1, 2))  # (N, dim, F at 50 Hz)
         frames = functional.gelu(self.halve(frames))  # (N, D, F at 25 Hz)
         for block in self.blocks:
             frames = block(frames, mask)
         return torch.unsqueeze(self.norm(frames.transpose(1, 2)), 1)  # (N, 1, F, D)
-
-
-def frames_of(features: int) -> int:
-    """Return how many frames `MelEncoder` makes of so many at 100 Hz: two halvings, rounded up."""
-    return ((features + 1) // 2 + 1) // 2

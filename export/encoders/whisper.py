@@ -24,7 +24,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.size = heads, dim // heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
@@ -32,12 +32,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, real: Tensor | None = None) -> Tensor:
         """``(N, F, D)`` to ``(N, F, D)``; frames that are not real ``(N, 1, F)`` are not heard."""
-        size = hidden.shape[-1] // self.heads
 
         def split(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.heads, size)).transpose(1, 2)  # (N, H, F, size)
+            return projected.unflatten(-1, (self.heads, self.size)).transpose(
+                1, 2
+            )  # (N, H, F, size)
 
-        query = split(self.q_proj(hidden) * size**-0.5)
+        query = split(self.q_proj(hidden) * self.size**-0.5)
         scores = query @ split(self.k_proj(hidden)).transpose(2, 3)  # (N, H, F, F)
         if real is not None:
             scores = scores.masked_fill(~real[:, None], -1e4)
@@ -110,8 +111,15 @@ def halved(frames: Tensor) -> Tensor:
     return frames[:, :even].unflatten(1, (-1, 2)).mean(dim=2)
 
 
+def real_frames(lengths: Tensor, longest: int) -> Tensor:
+    """Return which frames are real, bool ``(N, 1, longest)``: the first ``lengths`` of each."""
+    return torch.arange(longest) < lengths[:, None, None]
+
+
 class WhisperStem(nn.Module):
     """Where Whisper begins: log-mel and two convolutions, to frames at 50 Hz.
+
+    The convolutions stay as they are pretrained, whatever is trained behind them.
 
     Args:
         mels: Mel bands.
@@ -124,14 +132,25 @@ class WhisperStem(nn.Module):
         self.mel = LogMel(mels)
         self.conv1 = Neighbours(mels, dim, stride=1)
         self.conv2 = Neighbours(dim, dim, stride=2)
+        self.requires_grad_(False)
 
     def features(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to log-mel ``(N, mels, F at 100 Hz)``."""
         return (self.mel(samples) + 4) / 4
 
-    def convolve(self, features: Tensor) -> Tensor:
-        """Log-mel ``(N, mels, F)`` to ``(N, ceil(F / 2), D)``."""
+    def convolve(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Log-mel to what the layers hear, but for the positions.
+
+        Args:
+            features: ``(N, mels, F at 100 Hz)``, zeros behind each clip.
+            lengths: Real frames of each, int64 ``(N,)``; none when nothing is padded.
+
+        Returns:
+            Frames ``(N, ceil(F / 2), D)``.
+        """
         hidden = functional.gelu(self.conv1(features.transpose(1, 2)))  # (N, F at 100 Hz, D)
+        if lengths is not None:  # zeros behind a clip, as at the end of one that is alone
+            hidden = hidden * real_frames(lengths, hidden.shape[1]).transpose(1, 2)
         return functional.gelu(self.conv2(hidden))  # (N, F at 50 Hz, D)
 
 
@@ -150,6 +169,7 @@ class WhisperEncoder(WhisperStem):
     """
 
     frame_rate_hz = 25.0
+    features_hz = 100
 
     def __init__(self, config: dict, layers: int, window_s: float, states: int) -> None:
         super().__init__(config["num_mel_bins"], config["d_model"])
@@ -164,7 +184,7 @@ class WhisperEncoder(WhisperStem):
             raise RecipeError(f"states = {states}: {layers} layers have 1 to {layers + 1} states")
         if positions > config["max_source_positions"]:
             raise RecipeError(f"window_s = {window_s}: Whisper hears at most 30 s; shorten it")
-        self.embed_positions = nn.Embedding(positions, self.dim)
+        self.embed_positions = nn.Embedding(positions, self.dim).requires_grad_(False)
         self.layers = nn.ModuleList(
             Layer(self.dim, config["encoder_attention_heads"], config["encoder_ffn_dim"])
             for _ in range(layers)
@@ -176,11 +196,30 @@ class WhisperEncoder(WhisperStem):
 
     def below(self, samples: Tensor, layers: int) -> Tensor:
         """Float32 samples ``(N, T)`` to the hidden state ``(N, F at 50 Hz, D)`` behind layers."""
-        hidden = self.convolve(self.features(samples))
-        hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
+        hidden = self._begin(self.features(samples))
         for layer in self.layers[:layers]:
             hidden = layer(hidden)
         return hidden
+
+    def _begin(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        hidden = self.convolve(features, lengths)
+        return hidden + self.embed_positions.weight[: hidden.shape[1]]
+
+    @staticmethod
+    def frames_of(features: Tensor) -> Tensor:
+        """Return how many frames at 25 Hz become of so many at 100 Hz."""
+        return (features + 1) // 2 // 2
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Log-mel to hidden states, as in `forward`.
+
+        Args:
+            features: ``(N, mels, F at 100 Hz)``.
+            lengths: Real frames of each, int64 ``(N,)``; none when nothing is padded.
+        """
+        hidden = self._begin(features, lengths)
+        real = None if lengths is None else real_frames((lengths + 1) // 2, hidden.shape[1])
+        return upper_states(self.layers, hidden, self.states, real)
 
 
 def upper_states(
