@@ -72,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         "Score a recipe on each language after training on the others.",
         "export/recipes/default.toml",
     )
+    verb(
+        "robustness",
+        "Ask a recipe that has been run what small changes of a recording do to its answers.",
+        "export/recipes/default.toml",
+    )
     return top
 
 
@@ -98,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from export.front import run_front
 
             run_front(*places)
+        elif args.verb == "robustness":
+            from export.robustness import run_robustness
+
+            run_robustness(*places)
         elif args.verb == "languages":
             from export.languages import run_languages
 

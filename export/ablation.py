@@ -62,11 +62,13 @@ def run_ablation(
                 started.result()
     found: dict[str, list[dict[str, Any]]] = {}
     probs: dict[str, list[Floats]] = {}
-    for (run, _, folder), name in zip(jobs, np.repeat(list(recipes), len(seeds)), strict=True):
-        document = json.loads((folder / "scores.json").read_text())
-        found.setdefault(str(name), []).append(document["scores"])
-        probs.setdefault(str(name), []).append(np.array(document["probs"]))
-    clips = _asked(run.speech)
+    for name in recipes:
+        for seed in seeds:
+            document = json.loads((home / f"{name}-seed{seed}" / "scores.json").read_text())
+            found.setdefault(name, []).append(document["scores"])
+            probs.setdefault(name, []).append(np.array(document["probs"]))
+    speech = jobs[0][0].speech
+    clips = _asked(speech)
     summary = {
         "ablation": path.name,
         "command": f"python -m export ablate {path.name} --seeds {','.join(map(str, seeds))}",
@@ -76,7 +78,7 @@ def run_ablation(
             name: {
                 **{c: spread([columns(s)[c] for s in scores]) for c in columns(scores[0])},
                 "nll": spread([s["pooled"]["nll"] for s in scores]),
-                "gain": None if name == BASE else _gain(probs[name], probs[BASE], run.speech),
+                "gain": None if name == BASE else _gain(probs[name], probs[BASE], speech),
             }
             for name, scores in found.items()
         },
@@ -164,9 +166,9 @@ def table(summary: Mapping[str, Any]) -> str:
     variants = summary["variants"]
     names = [name for name in next(iter(variants.values())) if name != "gain"]
     lines = [
-        f"`{summary['command']}`: {summary['clips']} clips of speakers that are not for the test, each "
-        "answered by a model that has not heard its speaker. Unweighted accuracy, mean ± standard "
-        "deviation over seeds; the gain is that of pooled UA, with its 95 % interval.",
+        f"`{summary['command']}`: {summary['clips']} clips of speakers that are not for the test, "
+        "each answered by a model that has not heard its speaker. Unweighted accuracy, mean ± "
+        "standard deviation over seeds; the gain is that of pooled UA, with its 95 % interval.",
         "",
         f"| variant | {' | '.join(names)} | gain |",
         f"|---|{'---|' * (len(names) + 1)}",

@@ -212,8 +212,9 @@ def distill(
 
 
 def rates(student: Classifier, translate: nn.Module, settings: Distill) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer, each with its peak ``rate``: what is pretrained learns
-    more slowly than what is new.
+    """Return the groups of an optimizer, each with its peak ``rate``.
+
+    What is pretrained learns more slowly than what is new.
     """
     whisper = isinstance(student.encoder, WhisperEncoder)
     pretrained = list(student.encoder.layers.parameters()) if whisper else []

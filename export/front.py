@@ -67,14 +67,14 @@ def run_front(
     times_ms = time_graphs(graphs)
     rows = {}
     for name, graph in graphs.items():
-        scores = [
-            _read_json(run.folder / "train" / "confidence.json")["scores"]
-            for run in runs.get(name, [])
-        ] or [score_teacher(every[0])]
+        if name in runs:
+            files = [run.folder / "train" / "confidence.json" for run in runs[name]]
+            scores = [json.loads(file.read_text())["scores"] for file in files]
+        else:
+            scores = [score_teacher(every[0])]
+        size = graph.stat().st_size + graph.with_name("model_int8.bin").stat().st_size
         rows[name] = {
-            "mb": round(
-                sum(f.stat().st_size for f in (graph, graph.with_name("model_int8.bin"))) / 1e6, 2
-            ),
+            "mb": round(size / 1e6, 2),
             "ms": statistics.median(times_ms[name]),
             "ms_of_runs": [round(value, 4) for value in times_ms[name]],
             **{c: spread([columns(s)[c] for s in scores]) for c in columns(scores[0])},
@@ -125,7 +125,7 @@ def time_graphs(graphs: Mapping[str, Path]) -> dict[str, list[float]]:
 
 
 def score_teacher(run: Run) -> dict[str, Any]:
-    """Return the scores of a student's teacher on the validation speakers, none of which it heard."""
+    """Return what a student's teacher scores on the validation speakers, whom it has not heard."""
     recipe, trained = run.teacher()
     clips = run.speech.split.validation
     network = load_classifier(recipe, run.weights, trained[0] / TEACHER / "model.safetensors")
@@ -169,10 +169,8 @@ def table(summary: Mapping[str, Any]) -> str:
             + ("" if row[column]["sd"] is None else f" ± {row[column]['sd']:.3f}")
             for column in ("pooled", "masked mean")
         ]
-        mark = "yes" if row.get("front") else ""
-        lines.append(
-            f"| {name} | {row['ms']:.2f} | {row['mb']:.1f} | {' | '.join(cells)} | {mark} |"
-        )
+        cells = [f"{row['ms']:.2f}", f"{row['mb']:.1f}", *cells, "yes" if row.get("front") else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -199,7 +197,3 @@ def draw(summary: Mapping[str, Any], file: Path) -> None:
     axis.set_ylabel("pooled unweighted accuracy, validation speakers")
     figure.savefig(file, dpi=100)
     plt.close(figure)
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text())

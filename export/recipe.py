@@ -71,8 +71,9 @@ class EncoderChoice:
         source: Checkpoint of Whisper: a folder under ``--weights`` or a hub id; none for wav.
         states: How many hidden states of whisper the head weighs, the uppermost.
         width: Channels of a student, mel or wav.
-        heads: Attention heads that whisper's layers keep (see `export.encoders.narrow`); 0 keeps all.
-        feed_forward: Hidden units that whisper's layers keep; 0 keeps all.
+        heads: Attention heads that each layer of whisper keeps; 0 keeps all (see
+            `export.encoders.narrow`).
+        feed_forward: Hidden units that each layer of whisper keeps; 0 keeps all.
     """
 
     family: str

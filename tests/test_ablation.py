@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -102,11 +103,20 @@ def test_an_ablation_that_cannot_be_used_is_one_line(home, capsys, old, new, mes
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_ablations_of_the_project_can_be_read():
-    from pathlib import Path
-
-    folder = Path(__file__).parents[1] / "export" / "recipes" / "ablations"
-    files = sorted(folder.glob("*.toml"))
-    assert files
+def test_the_variants_of_the_project_can_be_read():
+    folder = Path(__file__).parents[1] / "export" / "recipes"
+    files = [folder / "front.toml", *sorted(folder.glob("ablations/*.toml"))]
+    assert len(files) > 2
     for file in files:
-        assert len(read_variants(file)) > 1
+        base, recipes = read_variants(file)
+        assert base.is_file()
+        assert len(recipes) > 1
+
+
+def test_what_is_common_changes_the_base_as_well(home):
+    file = home / "ablations" / "parts.toml"
+    file.write_text(
+        ABLATION.replace("[variants.tuned]", "[common.train]\nepochs = 7\n[variants.tuned]")
+    )
+    _, recipes = read_variants(file)
+    assert [recipe.train.epochs for recipe in recipes.values()] == [7, 7, 1]

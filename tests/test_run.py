@@ -59,7 +59,14 @@ learning_rate = 5e-3
 average = 0.9
 tuned = 1
 folds = 3
+teacher = "frozen.toml"
 """
+
+FROZEN = (
+    TEACHER.replace('"teacher"', '"frozen"', 1)
+    .replace("tuned = 1\n", "")
+    .replace('teacher = "frozen.toml"\n', "")
+)
 
 STUDENT = f"""
 name = "student"
@@ -146,8 +153,10 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     make_corpora(folder / "corpora")
     make_whisper(folder / "weights" / "small", seconds=2)
-    for name, text in (("teacher", TEACHER), ("student", STUDENT), ("folded", FOLDS)):
+    recipes = {"frozen": FROZEN, "teacher": TEACHER, "student": STUDENT, "folded": FOLDS}
+    for name, text in recipes.items():
         (folder / f"{name}.toml").write_text(text)
+    finished(started(folder, "frozen", "--only", "train"))
     finished(started(folder, "teacher"))
     finished(started(folder, "student", "--seeds", "0,1"))
     return folder
@@ -156,11 +165,12 @@ def home(tmp_path_factory):
 @pytest.fixture
 def copy(home, tmp_path):
     """Return a copy of the home with the teacher's results, to spoil."""
-    for name in ("teacher.toml", "student.toml", "folded.toml"):
+    for name in ("frozen.toml", "teacher.toml", "student.toml", "folded.toml"):
         shutil.copy(home / name, tmp_path / name)
     for name in ("corpora", "weights"):
         (tmp_path / name).symlink_to(home / name)
-    shutil.copytree(home / "out" / "teacher", tmp_path / "out" / "teacher")
+    for name in ("frozen", "teacher"):
+        shutil.copytree(home / "out" / name, tmp_path / "out" / name)
     return tmp_path
 
 
@@ -531,6 +541,26 @@ def test_variants_of_a_student_answer_the_validation_speakers(copy, capsys):
     assert main(command) == 0
     assert made(copy, "parts") == before
     assert len(list((copy / "out" / "teacher").glob("targets-*"))) == 2  # mel bands, and samples
+
+
+@pytest.mark.parametrize("recipe", ["teacher", "student"])
+def test_small_changes_of_a_recording_are_asked(home, recipe, capsys):
+    command = ["robustness", *arguments(home, recipe)[1:]]
+    assert main(command) == 0
+    found = json.loads((home / "out" / recipe / "robustness.json").read_text())
+    assert found["clips"] == 2 * 6
+    # Synthetic voices are easily told apart, whatever their level.
+    assert found["pooled_ua"]["mean"] > 0.8
+    assert found["unchanged"]["level"]["mean"] > 0.8
+    assert found["ua_change"]["level"]["mean"] < 0.2
+    assert (home / "out" / recipe / "robustness.md").read_text() in capsys.readouterr().out
+
+
+def test_what_was_not_run_is_not_asked(copy, capsys):
+    shutil.rmtree(copy / "out" / "teacher" / "seed0")
+    for recipe, message in (("teacher", "nothing at"), ("folded", "a recipe with [folds]")):
+        assert main(["robustness", *arguments(copy, recipe)[1:]]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_only_students_are_candidates(copy, capsys):

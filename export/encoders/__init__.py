@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from export.encoders.mel import MelEncoder
+from export.encoders.narrow import narrow
 from export.encoders.wav import WavEncoder
 from export.encoders.whisper import load_stem, load_whisper
-from export.encoders.narrow import narrow
 from export.recipe import EncoderChoice
 from export.views import Arrays, Compute, Samples
 

@@ -40,7 +40,7 @@ def narrow(encoder: WhisperEncoder, heads: int, feed_forward: int) -> WhisperEnc
 
 
 def _cut_heads(attention: SelfAttention, count: int) -> None:
-    """Keep the heads through which most can pass: norm of values times norm of what is made of it."""
+    """Keep the heads through which most passes: norm of values times norm of what it becomes."""
     values = attention.v_proj.weight.unflatten(0, (attention.heads, -1))  # (H, size, D)
     outputs = attention.out_proj.weight.unflatten(1, (attention.heads, -1))  # (D, H, size)
     passing = values.square().sum(dim=(1, 2)) * outputs.square().sum(dim=(0, 2))
