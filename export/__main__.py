@@ -11,8 +11,8 @@ EXAMPLES = """examples:
   python -m export run export/recipes/default.toml --corpora DIR --weights DIR --out DIR
   python -m export run export/recipes/tiny.toml --corpora DIR --weights DIR --out DIR --seeds 0,1,2
   python -m export run export/recipes/default.toml ... --from quantize
-  python -m export ablate export/recipes/ablations/teacher.toml --corpora DIR ... --seeds 0,1
-  python -m export front export/recipes/front.toml --corpora DIR --weights DIR --out DIR
+  python -m export ablate export/recipes/variants/teacher.toml --corpora DIR ... --seeds 0,1
+  python -m export front export/recipes/variants/students.toml --corpora DIR --weights DIR --out DIR
 
 A run that was stopped goes on where it was; a stage whose inputs have not changed is not repeated.
 The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAME/seedN/bundle
@@ -60,12 +60,12 @@ def parser() -> argparse.ArgumentParser:
     verb(
         "ablate",
         "Score variants of a recipe on speakers that they have not heard.",
-        "export/recipes/ablations/teacher.toml",
+        "export/recipes/variants/teacher.toml",
     )
     verb(
         "front",
         "Distil and quantize several students, and draw accuracy against milliseconds.",
-        "export/recipes/front.toml",
+        "export/recipes/variants/students.toml",
     )
     verb(
         "languages",

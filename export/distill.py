@@ -15,13 +15,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from export.confidence import write_confidence
-from export.encoders import encode_states, load_encoder
 from export.encoders.whisper import WhisperEncoder, real_frames
-from export.model import Classifier, lift, load_classifier, new_classifier
-from export.recipe import Distill, EncoderChoice, Recipe
+from export.model import Classifier, load_classifier, new_classifier
+from export.recipe import Distill
 from export.spectrogram import hide, warp
 from export.speech import Speech
-from export.targets import Targets, masked_cross_entropy, mean_answer, smoothed, soft_loss
+from export.targets import NOT_KNOWN, Targets, masked_cross_entropy, smoothed, soft_loss
+from export.teacher import taught_by
 from export.train import (
     CHECKPOINT,
     WeightAverage,
@@ -31,75 +31,8 @@ from export.train import (
     save_checkpoint,
     window_logits,
 )
-from export.views import Arrays, Compute, Samples, View, load_views
+from export.views import View, load_views
 from export.workers import workers
-
-TEACHERS = {"choice": "fold0", "refit": "whole"}
-"""Which of the teacher's trained networks each student learns from: the first student is judged on
-the validation speakers, so its teacher has not heard them either."""
-
-
-def load_teacher(
-    recipe: Recipe,
-    weights: Path | None,
-    trained: Sequence[Path],
-    student: EncoderChoice,
-    layers: bool = False,
-) -> Compute:
-    """Return what computes the student's features of a window, and its teachers' answers.
-
-    Args:
-        recipe: The teachers'.
-        weights: Folder of pretrained checkpoints.
-        trained: The folders of the teachers' training stages, one a seed: their log-probs are
-            averaged, all else is the first one's.
-        student: The student's encoder.
-        layers: Keep the hidden states of the teachers' layers as well.
-    """
-    teachers = {
-        name: [
-            load_classifier(recipe, weights, folder / part / "model.safetensors")
-            for folder in trained
-        ]
-        for name, part in TEACHERS.items()
-    }
-    # Below what is tuned, all of them are the pretrained encoder.
-    assert recipe.train  # teachers are trained, not distilled
-    below = encode_states(recipe.encoder, weights, recipe.windows.window_s, recipe.train.tuned)
-    hears = load_encoder(student, weights, recipe.windows.window_s)
-
-    @torch.no_grad()
-    def answer(samples: Samples) -> Arrays:
-        window = torch.from_numpy(samples)[None]
-        # (mels, F at 100 Hz), or samples (1, T)
-        arrays: Arrays = {"features": hears.features(window)[0].numpy().astype(np.float16)}
-        cached = torch.from_numpy(below(samples)["states"])[None].float()
-        for name, (first, *others) in teachers.items():
-            states = lift(recipe, first)(cached)
-            logits, embedding = first.head(states)
-            answers = [logits, *(o.head(lift(recipe, o)(cached))[0] for o in others)]
-            normed = functional.layer_norm(states, states.shape[-1:])
-            frames = first.head.convolve(first.head.mix(normed))
-            arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
-            arrays[f"{name}_logits"] = mean_answer(answers)[0].numpy()
-            arrays[f"{name}_embedding"] = embedding[0].numpy()
-            if layers:
-                arrays[f"{name}_layers"] = normed[0].numpy().astype(np.float16)  # (S, F, D)
-        return arrays
-
-    return answer
-
-
-def taught_by(name: str, views: Sequence[View]) -> list[View]:
-    """Return views with the answers of one of `TEACHERS`: features, frames, logits, embedding."""
-    return [
-        View(
-            view.clip,
-            view.number,
-            {key.removeprefix(f"{name}_"): array for key, array in view.arrays.items()},
-        )
-        for view in views
-    ]
 
 
 def stack(arrays: Sequence[npt.NDArray[np.generic]], frames: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +93,7 @@ def distill(
     groups = rates(student, translate, settings)
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     average = WeightAverage(student, settings.average)
-    weights = targets.weights(chosen, settings.balance)
+    weights = label_weights(targets, chosen, settings.balance)
     epoch, spent_s = 0, 0.0
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
@@ -209,6 +142,12 @@ def distill(
     bar.close()
     student.load_state_dict(average.weights, strict=False)
     student.eval()
+
+
+def label_weights(targets: Targets, chosen: Sequence[int], balance: float) -> Tensor:
+    """Return `Targets.weights` of the clips whose labels are known, and 0 for the others."""
+    known = [clip for clip in chosen if targets.label[clip] != NOT_KNOWN]
+    return targets.weights(known, balance) * (targets.label != NOT_KNOWN)
 
 
 def rates(student: Classifier, translate: nn.Module, settings: Distill) -> list[dict[str, Any]]:
@@ -324,7 +263,7 @@ def fit_student(
 ) -> None:
     """Train a student on some clips, to ``model.safetensors``; resumes what lies in ``folder``.
 
-    The folder's name is the student's, one of `TEACHERS`.
+    The folder's name is the student's, one of `export.teacher.TEACHERS`.
     """
     settings = speech.recipe.distill
     assert settings  # only recipes with [distill] have this stage
@@ -333,8 +272,8 @@ def fit_student(
     student = new_classifier(speech.recipe, weights)
     views = taught_by(folder.name, load_views(targets))
     known = Targets.of(speech, settings.nonspeech)
-    sounds = range(len(speech.clips), len(speech.clips) + settings.nonspeech)
-    distill(student, views, known, [*chosen, *sounds], settings, seed=seed, folder=folder)
+    more = [*speech.where(speech.unlabelled), *speech.sounds(settings.nonspeech)]
+    distill(student, views, known, [*chosen, *more], settings, seed=seed, folder=folder)
     save_file(student.state_dict(), folder / "model.safetensors")
 
 

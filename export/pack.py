@@ -103,7 +103,7 @@ def describe(
         encoder={key: value for key, value in asdict(recipe.encoder).items() if value},
         head=asdict(recipe.head),
         teacher=dict(teacher) if teacher else None,
-        corpora=tuple(corpora.describe(speech.clips)),
+        corpora=tuple(corpora.describe((*speech.clips, *speech.unlabelled))),
         tools=tool_versions(),
         files={},
     )

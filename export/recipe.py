@@ -185,6 +185,7 @@ class Distill:
         mask_mels: Widest band that SpecAugment hides (arXiv 1904.08779), in mel bands.
         mask_s: Longest stretch that SpecAugment hides, in seconds.
         nonspeech: As in Train.
+        unlabelled: Corpora that are heard without their labels: the teacher tells what they are.
         refit: Train a second student on train and validation together, with the same settings and
             at the same time; that one is shipped, the first one sets temperature and threshold.
     """
@@ -210,6 +211,7 @@ class Distill:
     mask_mels: int = 12
     mask_s: float = 0.2
     nonspeech: int = 0
+    unlabelled: tuple[str, ...] = ()
     refit: bool = True
 
 
@@ -249,6 +251,10 @@ class Recipe:
             raise RecipeError(
                 f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper'; mel and wav "
                 "are students, which [distill] trains"
+            )
+        if self.distill and (both := set(self.distill.unlabelled) & set(self.data.corpora)):
+            raise RecipeError(
+                f"distill.unlabelled has {sorted(both)}, which data.corpora has with their labels"
             )
         if self.distill and self.encoder.family == "wav":
             if self.distill.warp or self.distill.mask_mels:

@@ -22,7 +22,7 @@ from edge_ser.bundle import ADAPTATION
 from export.baselines import make_baselines
 from export.certify import make_certificate
 from export.crossfit import make_heads
-from export.distill import TEACHERS, load_teacher, make_student
+from export.distill import make_student
 from export.encoders import encode_states
 from export.errors import RecipeError
 from export.folds import make_folds
@@ -32,6 +32,7 @@ from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
 from export.stage import discard, fingerprint, key_of, run_stage
+from export.teacher import TEACHERS, load_teacher
 from export.views import Compute, make_sound_views, make_views
 
 Make = Callable[[Path], None]
@@ -320,12 +321,13 @@ def views_of(
         reads: What ``load`` depends on.
         load: As `make_views` takes it.
     """
+    clips = (*speech.clips, *speech.unlabelled)
     views = speech.views(most)
 
     def make(folder: Path) -> None:
-        make_views(folder, speech.clips, views, speech.cutting, load)
+        make_views(folder, clips, views, speech.cutting, load)
         if nonspeech:
-            make_sound_views(folder, len(speech.clips), nonspeech, speech.cutting, load())
+            make_sound_views(folder, len(clips), nonspeech, speech.cutting, load())
 
     heard = {"speech": speech.key, "cutting": speech.cutting, "views": views}
     return {**heard, "nonspeech": nonspeech, **reads}, make

@@ -46,6 +46,15 @@ class Speech:
         return selection.clips
 
     @cached_property
+    def unlabelled(self) -> tuple[Clip, ...]:
+        """All clips that a student hears without their labels, none of a test speaker."""
+        distill = self.recipe.distill
+        if not (distill and distill.unlabelled):
+            return ()
+        clips = load_corpora(self._corpora, distill.unlabelled)
+        return tuple(clip for clip in clips if clip.speaker_key not in splits.TEST_SPEAKERS)
+
+    @cached_property
     def split(self) -> splits.Split:
         """Train, validation, calibration and test clips."""
         data = self.recipe.data
@@ -59,18 +68,24 @@ class Speech:
     @cached_property
     def key(self) -> str:
         """The fingerprint of all audio and of what is said about it."""
-        said = [[c.corpus, c.emotion, c.speaker_key, c.path.name] for c in self.clips]
-        return fingerprint(clip.path for clip in self.clips) + json.dumps(said)
+        clips = (*self.clips, *self.unlabelled)
+        said = [[c.corpus, c.emotion, c.speaker_key, c.path.name] for c in clips]
+        return fingerprint(clip.path for clip in clips) + json.dumps(said)
 
     def where(self, clips: Sequence[Clip]) -> list[int]:
-        """Return the places of clips among all."""
-        places = {clip: place for place, clip in enumerate(self.clips)}
+        """Return the places of clips among all, those without labels behind the others."""
+        places = {clip: place for place, clip in enumerate((*self.clips, *self.unlabelled))}
         return [places[clip] for clip in clips]
+
+    def sounds(self, count: int) -> range:
+        """Return the places of so many sounds that are no speech, behind all clips."""
+        first = len(self.clips) + len(self.unlabelled)
+        return range(first, first + count)
 
     def views(self, most: int) -> list[int]:
         """Return the number of augmented views of each clip: none of a test speaker's."""
         test = set() if self.recipe.folds else set(self.split.test)
-        return [0 if clip in test else most for clip in self.clips]
+        return [0 if clip in test else most for clip in (*self.clips, *self.unlabelled)]
 
     def first_windows(self, clips: Sequence[Clip]) -> list[Samples]:
         """Return the first window of each clip, float32 (T,)."""

@@ -10,13 +10,16 @@ from torch.nn import functional
 
 from export.speech import Speech
 
+NONSPEECH, NOT_KNOWN = -1, -2
+"""In place of a label: what is no speech, and speech that is heard without its label."""
+
 
 @dataclass(frozen=True)
 class Targets:
     """What the clips are, as tensors.
 
     Attributes:
-        label: int64 ``(N,)``; -1 is a sound that is no speech.
+        label: int64 ``(N,)``; or `NONSPEECH` or `NOT_KNOWN`.
         mask: The labels that the clip's corpus has, bool ``(N, C)``.
         group: Number of the clip's corpus and label, int64 ``(N,)``.
     """
@@ -27,14 +30,17 @@ class Targets:
 
     @classmethod
     def of(cls, speech: Speech, nonspeech: int = 0) -> "Targets":
-        """Read them off all clips of a recipe, and so many sounds that are none behind these."""
+        """Read them off all clips of a recipe, those without labels, and so many sounds."""
         masks = np.stack([speech.masks[clip.corpus] for clip in speech.clips])
         labels = [speech.labels.index(clip.emotion) for clip in speech.clips]
         pairs = [(clip.corpus, clip.emotion) for clip in speech.clips]
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        groups = torch.tensor([numbers[pair] for pair in pairs] + [len(numbers)] * nonspeech)
-        label = torch.tensor(labels + [-1] * nonspeech)
-        mask = torch.cat([torch.from_numpy(masks), torch.ones(nonspeech, masks.shape[1]) > 0])
+        unknown = len(speech.unlabelled)
+        more = [len(numbers)] * unknown + [len(numbers) + 1] * nonspeech
+        groups = torch.tensor([numbers[pair] for pair in pairs] + more)
+        label = torch.tensor(labels + [NOT_KNOWN] * unknown + [NONSPEECH] * nonspeech)
+        every = torch.ones(unknown + nonspeech, masks.shape[1], dtype=torch.bool)
+        mask = torch.cat([torch.from_numpy(masks), every])
         return cls(label, mask, groups)
 
     def weights(self, chosen: Sequence[int], balance: float) -> Tensor:
@@ -53,7 +59,7 @@ class Targets:
 def smoothed(label: Tensor, mask: Tensor, smoothing: float) -> Tensor:
     """Return target probs ``(N, C)``: the label, smoothed over the labels of its corpus.
 
-    What is no speech, label -1, gets all labels alike.
+    What is no speech gets all labels alike.
     """
     one_hot = functional.one_hot(label.clamp(min=0), mask.shape[1]).float()
     share = torch.where(label < 0, 1.0, smoothing)[:, None]

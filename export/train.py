@@ -273,8 +273,7 @@ def fit_head(
         teach = ensemble(copy.deepcopy(head.layers), head.states, heads)
         head.head.load_state_dict(heads[0].state_dict())
     targets = Targets.of(speech, settings.nonspeech)
-    sounds = range(len(speech.clips), len(speech.clips) + settings.nonspeech)
-    every = [*chosen, *sounds]
+    every = [*chosen, *speech.sounds(settings.nonspeech)]
     train_head(head, views, targets, every, settings, seed=seed, folder=folder, teach=teach)
     if settings.ridge:
         assert isinstance(head, CnnHead)  # a recipe with both is refused

@@ -105,7 +105,7 @@ def test_an_ablation_that_cannot_be_used_is_one_line(home, capsys, old, new, mes
 
 def test_the_variants_of_the_project_can_be_read():
     folder = Path(__file__).parents[1] / "export" / "recipes"
-    files = [folder / "front.toml", *sorted(folder.glob("ablations/*.toml"))]
+    files = sorted(folder.glob("variants/*.toml"))
     assert len(files) > 2
     for file in files:
         base, recipes = read_variants(file)

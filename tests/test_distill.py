@@ -9,14 +9,11 @@ from scipy.stats import entropy
 from torch import nn
 
 from export.distill import (
-    TEACHERS,
     _loss,
     distill,
     layer_loss,
-    load_teacher,
     rates,
     stack,
-    taught_by,
 )
 from export.encoders import load_encoder
 from export.encoders.mel import MelEncoder
@@ -26,6 +23,7 @@ from export.heads import CnnHead
 from export.model import Classifier, load_classifier, new_classifier, trained_part
 from export.recipe import Data, Distill, EncoderChoice, HeadChoice, Recipe, Train, Windows
 from export.targets import Targets, mean_answer, soft_loss
+from export.teacher import TEACHERS, load_teacher, taught_by
 from export.train import CHECKPOINT
 from export.views import View
 from tests.speech_corpus import LABELS, RESONANCES_HZ, make_whisper, voice
