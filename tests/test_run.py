@@ -19,7 +19,7 @@ from edge_ser.cli import main as edge_ser
 from export.__main__ import main
 from export.adapt import KINDS
 from export.run import Run
-from export.stage import KEY_FILE
+from export.stage import KEY_FILE, key_of
 from tests.speech_corpus import (
     LABELS,
     RESONANCES_HZ,
@@ -490,6 +490,24 @@ def test_a_teacher_that_was_not_run_is_one_line(copy, capsys):
         f"no teacher {str(trained)!r}; run {copy / 'teacher.toml'} with the same --out first, "
         "--seeds 0"
     )
+
+
+def test_a_frozen_teacher_that_was_not_run_is_one_line(copy, capsys):
+    trained = copy / "out" / "frozen" / "seed0" / "train"
+    shutil.rmtree(trained)
+    assert failure(capsys, copy, "teacher") == (
+        f"no teacher {str(trained)!r}; run {copy / 'frozen.toml'} with the same --out first, "
+        "--seeds 0"
+    )
+
+
+def test_another_frozen_teacher_makes_another_network(copy):
+    run = Run(copy / "teacher.toml", copy / "corpora", copy / "weights", copy / "out")
+    before = [key_of(stage.reads) for stage in run.seeded()]
+    spoilt = copy / "out" / "frozen" / "seed0" / "train" / "fold1" / "model.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes() + b" ")
+    after = [key_of(stage.reads) for stage in run.seeded()]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [True] + [False] * 4
 
 
 VARIANTS = """
