@@ -108,9 +108,9 @@ def quantize(
     layers = [n.name for n in model.graph.node if n.op_type in QUANTIZED and n.name not in kept]
     # Stale shapes of the exporter contradict those that the quantizer infers.
     del model.graph.value_info[:]
-    even_out(model, layers, windows)
-    centre(model, layers, windows)
-    _drop_unused(model.graph)  # ONNX Runtime would warn of each bias that centring has replaced
+    for change in (even_out, centre):
+        change(model, layers, windows)
+        _drop_unused(model.graph)  # ONNX Runtime would warn of each constant that was replaced
     with tempfile.TemporaryDirectory() as scratch:
         plain, signed = Path(scratch) / "plain.onnx", Path(scratch) / "signed.onnx"
         onnx.save(model, plain)
