@@ -11,10 +11,11 @@ def test_the_front_is_what_nothing_as_fast_and_as_small_beats():
         "slower": row(25, 16, 0.69),  # beaten by slow
         "fast": row(2, 3, 0.60),
         "small": row(3, 1, 0.55),  # slower and worse than fast, and smaller
-        "large": row(3, 4, 0.60),  # beaten by nothing: fast is no better
+        "large": row(3, 4, 0.60),  # beaten by fast, which is as accurate
+        "even": row(2, 3, 0.60),  # the same as fast
         "worst": row(4, 3.5, 0.59),  # beaten by fast
     }
-    assert on_front(rows) == ["fast", "small", "large", "slow"]
+    assert on_front(rows) == ["fast", "even", "small", "slow"]
 
 
 def test_one_candidate_is_the_front():
