@@ -43,7 +43,8 @@ class Classifier(nn.Module):
 def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead:
     """Return the untrained head of a recipe for hidden states ``(N, states, F, dim)``."""
     labels = len(recipe.data.labels)
-    return CnnHead(states, dim, labels, recipe.head.width, recipe.head.dropout)
+    head = recipe.head
+    return CnnHead(states, dim, labels, head.width, head.dropout, head.each_state)
 
 
 def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:

@@ -97,10 +97,17 @@ class EncoderChoice:
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """The CNN head: channels after the projection, and dropout in training."""
+    """The CNN head: channels after the projection, dropout in training, and what the probe sees.
+
+    Attributes:
+        width: See `export.heads.CnnHead`, as for the others.
+        dropout: In training.
+        each_state: Whether the probe sees each hidden state by itself.
+    """
 
     width: int = 256
     dropout: float = 0.2
+    each_state: bool = False
 
 
 @dataclass(frozen=True)

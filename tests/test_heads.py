@@ -75,6 +75,21 @@ def test_the_logits_are_those_of_convolutions_and_probe_together():
         assert (both - network(states)[0]).abs().max() > 1e-3
 
 
+def test_the_probe_sees_each_state_by_itself():
+    torch.manual_seed(0)
+    network = CnnHead(3, 16, 4, width=8, each_state=True).eval()
+    states = torch.randn(2, 3, 10, 16)
+    real = torch.ones(2, 1, 10, dtype=torch.bool)
+    real[1, 0, 6:] = False
+    with torch.no_grad():
+        found = network.probed(states, real)
+        each = [network.probe_norm(statistics(states[:, number], real)) for number in range(3)]
+    torch.testing.assert_close(found, torch.cat(each, dim=1))
+    with torch.no_grad():
+        mixed = CnnHead(3, 16, 4, width=8).probed(states)
+    assert mixed.shape == (2, 32)
+
+
 def test_scores_weigh_frames_by_their_softmax():
     pool = AttentivePooling(1, bottleneck=1)
     for weight in pool.parameters():
@@ -106,7 +121,6 @@ def test_states_are_weighted_and_their_scale_is_not():
         scales = torch.tensor([1.0, 50.0, 1000.0])[:, None, None]
         torch.testing.assert_close(network(states * scales)[0], expected, atol=1e-4, rtol=1e-4)
         network.weights[:] = torch.tensor([0.0, 60.0, 0.0])
-        network.probe.weight.unflatten(1, (3, 32))[:, [0, 2]] = 0
         chosen = network(states)[0]
         states[:, [0, 2]] = torch.randn(1, 2, 10, 16)
         torch.testing.assert_close(network(states)[0], chosen)
@@ -119,8 +133,9 @@ def test_the_shapes_are_as_promised():
     assert head().embedding_dim == 16
 
 
-def test_the_default_head_has_about_half_a_million_parameters():
-    network = CnnHead(states=5, dim=512, classes=7)
+@pytest.mark.parametrize(("each_state", "seen"), [(False, 1), (True, 5)])
+def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
+    network = CnnHead(states=5, dim=512, classes=7, each_state=each_state)
     parts = {
         "weights": 5,
         "project": 512 * 256 + 256,
@@ -129,6 +144,7 @@ def test_the_default_head_has_about_half_a_million_parameters():
         "norm": 2 * 512,
         "classify": 512 * 7 + 7,
         "probe_norm": 2 * 2 * 512,
-        "probe": 5 * 2 * 512 * 7 + 7,
+        "probe": seen * 2 * 512 * 7 + 7,
     }
-    assert sum(p.numel() for p in network.parameters()) == sum(parts.values()) == 601_683
+    total = sum(p.numel() for p in network.parameters())
+    assert total == sum(parts.values()) == {1: 573_011, 5: 601_683}[seen]

@@ -50,7 +50,7 @@ def toy(speakers=6, noise=1.0):
         clips.append(clip("ravdess", f"s{number // 3 % speakers}", number=number))
     label = torch.arange(24) % 3
     torch.manual_seed(0)
-    head = CnnHead(2, 8, 3, width=4).eval()
+    head = CnnHead(2, 8, 3, width=4, each_state=True).eval()
     return head, views, clips, Targets(label, torch.ones(24, 3, dtype=torch.bool), group=label)
 
 
