@@ -2,9 +2,10 @@
 
 Beside the convolutions runs a linear probe of the statistics of the states: what a probe can tell
 need not be learned by convolutions. On two of five folds of the training speakers (recipe
-``default``, seed 0) it raised pooled UA from .709 to .726. Where it sees each state by itself, pooled
-UA of speakers that were not heard rises from .700 to .711, with ridge regression added to .724 (four
-folds, three seeds); INT8 then changes more answers, 2.5 % of one seed, more than the gate allows.
+``default``, seed 0) it raised pooled UA from .709 to .726. Where it sees each state by itself,
+pooled UA of speakers that were not heard rises from .700 to .711, with ridge regression added to
+.724 (four folds, three seeds). INT8 then changes more answers: 2.5 % of those of one seed, which is
+more than the gate allows.
 """
 
 import torch
