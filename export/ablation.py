@@ -96,7 +96,6 @@ def _asked(speech: Speech) -> tuple[Clip, ...]:
 def _score_heads(run: Run, features: Path, folder: Path) -> None:
     """Make ``scores.json`` of a variant with [train]."""
     speech, weights, seed = run.speech, run.weights, run.seed
-
     teachers, of_teachers = teachers_of(run.path, run.recipe, run.out, "train")
 
     def make(partial_folder: Path) -> None:

@@ -89,7 +89,10 @@ def test_neighbours_are_a_convolution(stride, frames):
 @pytest.mark.corpora
 @pytest.mark.parametrize("layers", [4, 6])
 def test_hidden_states_of_the_real_weights_are_those_of_transformers(layers):
-    folder = Path(os.environ["EDGE_SER_WEIGHTS"]) / "whisper-base-encoder"
+    root = os.environ.get("EDGE_SER_WEIGHTS")
+    if root is None:
+        pytest.skip("EDGE_SER_WEIGHTS does not name the folder of the real weights")
+    folder = Path(root) / "whisper-base-encoder"
     model = WhisperModel.from_pretrained(folder).eval()
     model.config.max_source_positions = 3 * 50
     model.encoder.max_source_positions = 3 * 50
@@ -110,15 +113,16 @@ def test_as_a_student_it_hears_padded_clips_as_they_are(checkpoint):
     encoder = load_whisper(str(checkpoint), 2, 2.0, 2)
     samples = torch.from_numpy(np.stack([speech(2), speech(2, seed=1)]))
     features = encoder.features(samples)
-    lengths = torch.tensor([120, 200])
-    features[0, :, 120:] = 0  # as clips are padded
+    lengths = torch.tensor([119, 200])
+    # As clips are padded; behind an odd end, the second convolution reaches over it.
+    features[0, :, 119:] = 0
     with torch.no_grad():
         padded = encoder.encode(features, lengths)
-        alone = encoder.encode(features[:1, :, :120])
+        alone = encoder.encode(features[:1, :, :119])
         assert torch.equal(encoder.encode(encoder.features(samples)), encoder(samples))
-    frames = int(encoder.frames_of(torch.tensor(120)))
+    frames = int(encoder.frames_of(torch.tensor(119)))
     assert alone.shape == (1, 2, frames, 32)
-    torch.testing.assert_close(padded[:1, :, :frames], alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded[:1, :, :frames], alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(padded[1], encoder.encode(features[1:])[0], atol=1e-4, rtol=0)
 
 

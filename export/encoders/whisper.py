@@ -34,9 +34,8 @@ class SelfAttention(nn.Module):
         """``(N, F, D)`` to ``(N, F, D)``; frames that are not real ``(N, 1, F)`` are not heard."""
 
         def split(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.heads, self.size)).transpose(
-                1, 2
-            )  # (N, H, F, size)
+            parts = projected.unflatten(-1, (self.heads, self.size))
+            return parts.transpose(1, 2)  # (N, H, F, size)
 
         query = split(self.q_proj(hidden) * self.size**-0.5)
         scores = query @ split(self.k_proj(hidden)).transpose(2, 3)  # (N, H, F, F)
