@@ -22,7 +22,7 @@ from export.distill import fit_student
 from export.errors import RecipeError
 from export.metrics import Floats
 from export.model import load_classifier
-from export.run import Run, features_of, teachers_of
+from export.run import Run, features_of
 from export.scores import score
 from export.seeds import columns, spread
 from export.speech import Speech
@@ -96,18 +96,15 @@ def _asked(speech: Speech) -> tuple[Clip, ...]:
 def _score_heads(run: Run, features: Path, folder: Path) -> None:
     """Make ``scores.json`` of a variant with [train]."""
     speech, weights, seed = run.speech, run.weights, run.seed
-    teachers, of_teachers = teachers_of(run.path, run.recipe, run.out, "train")
 
     def make(partial_folder: Path) -> None:
         # One cache for all variants in a row that hear the same; the next makes its own there.
         run_stage(features, *features_of(speech, weights))
         clips = _asked(speech)
-        logits = answer_folds(
-            speech, weights, features, clips, deal(speech), seed, partial_folder, teachers=teachers
-        )
+        logits = answer_folds(speech, weights, features, clips, deal(speech), seed, partial_folder)
         _write(speech, clips, logits, partial_folder)
 
-    reads = {"recipe": run.recipe, "seed": seed, "speech": speech.key, **of_teachers}
+    reads = {"recipe": run.recipe, "seed": seed, "speech": speech.key}
     run_stage(folder, reads, make)
 
 

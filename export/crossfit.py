@@ -54,11 +54,10 @@ def fit_fold(
     asked: Sequence[int],
     seed: int,
     folder: Path,
-    teachers: Sequence[Path],
 ) -> Logits:
     """Train on some clips and return the logits (W, C) of others; a process of its own runs it."""
     views = _views_of(features)
-    head = fit_head(speech, weights, views, chosen, seed, folder, teachers)
+    head = fit_head(speech, weights, views, chosen, seed, folder)
     return window_logits(head, views, asked)
 
 
@@ -78,7 +77,6 @@ def answer_folds(
     folder: Path,
     *,
     whole: bool = False,
-    teachers: Sequence[Path] = (),
 ) -> Logits:
     """Answer every clip by a head that was trained on the other folds, all cores training at once.
 
@@ -91,7 +89,6 @@ def answer_folds(
         seed: Of the trainings.
         folder: Takes a folder a head, ``fold0``, ``fold1``, ...
         whole: Train one head on all clips as well, in ``whole``.
-        teachers: The folder of each seed of ``train.teacher`` that has the same folds.
 
     Returns:
         The logits (W, C) of each clip's windows, in the order of the clips.
@@ -103,7 +100,7 @@ def answer_folds(
         def start(name: str, chosen: Ints, asked: Ints) -> Future[Logits]:
             return pool.submit(
                 fit_fold, speech, weights, features, chosen.tolist(), asked.tolist(), seed,
-                folder / name, [teacher / name for teacher in teachers],
+                folder / name,
             )  # fmt: skip
 
         parts = [start(f"fold{n}", places[fold != n], places[fold == n]) for n in numbers]
@@ -119,7 +116,6 @@ def make_heads(
     weights: Path | None,
     features: Path,
     seed: int,
-    teachers: Sequence[Path],
     folder: Path,
 ) -> None:
     """The stage: ``model.safetensors``, ``confidence.json``, ``adaptation.json`` and its scores.
@@ -129,13 +125,10 @@ def make_heads(
         weights: Folder of pretrained checkpoints.
         features: The folder of the encoder's views.
         seed: Of the trainings.
-        teachers: The same stage of each seed of ``train.teacher``.
         folder: Takes the files, and a folder a head.
     """
     clips, fold = (*speech.split.train, *speech.split.validation), deal(speech)
-    logits = answer_folds(
-        speech, weights, features, clips, fold, seed, folder, whole=True, teachers=teachers
-    )
+    logits = answer_folds(speech, weights, features, clips, fold, seed, folder, whole=True)
     shutil.copyfile(folder / "whole" / "model.safetensors", folder / "model.safetensors")
     temperature = write_confidence(speech, clips, logits, folder)
     calibrated = np.array([one.mean(axis=0) / temperature for one in logits], np.float64)

@@ -1,7 +1,6 @@
 """Out-of-fold scores: every clip is answered by a model that has not heard its speaker."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +25,6 @@ def make_folds(
     weights: Path | None,
     features: Path,
     seed: int,
-    teachers: Sequence[Path],
     folder: Path,
 ) -> None:
     """The stage: ``folds.json`` with the scores of the head and of a linear probe, same folds.
@@ -36,14 +34,13 @@ def make_folds(
         weights: Folder of pretrained checkpoints.
         features: The folder of the encoder's views.
         seed: Of the training.
-        teachers: The same stage of each seed of ``train.teacher``.
         folder: Takes the file, and a folder a fold.
     """
     settings = speech.recipe.folds
     assert settings  # only recipes with [folds] have this stage
     clips = speech.clips
     fold = folds(clips, settings.k, settings.seed)
-    logits = answer_folds(speech, weights, features, clips, fold, seed, folder, teachers=teachers)
+    logits = answer_folds(speech, weights, features, clips, fold, seed, folder)
     pretrained = lift(speech.recipe, new_classifier(speech.recipe, weights))
     statistics = state_statistics(load_views(features), clips, pretrained)
 

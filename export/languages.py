@@ -16,7 +16,7 @@ from export.confidence import clip_probs
 from export.crossfit import answer_folds
 from export.errors import RecipeError
 from export.recipe import read_recipe
-from export.run import features_of, teachers_of
+from export.run import features_of
 from export.scores import score
 from export.seeds import spread
 from export.speech import Speech
@@ -45,15 +45,12 @@ def run_languages(
     # As `export run` makes them, so that neither command makes them again for the other.
     key = run_stage(features, {"after": None, **reads}, make_features)
     fold = np.array([languages.index(clip.language) for clip in clips])
-    teachers, of_teachers = teachers_of(path, recipe, out, "languages")
     found = []
     for seed in seeds:
         folder = home / f"seed{seed}" / "languages"
 
         def make(partial_folder: Path, seed: int) -> None:
-            logits = answer_folds(
-                speech, weights, features, clips, fold, seed, partial_folder, teachers=teachers
-            )
+            logits = answer_folds(speech, weights, features, clips, fold, seed, partial_folder)
             scores = {
                 language: score(
                     clip_probs([logits[place] for place in np.flatnonzero(fold == number)]),
@@ -65,7 +62,7 @@ def run_languages(
             }
             (partial_folder / "scores.json").write_text(json.dumps(scores, indent=1))
 
-        reads = {"after": key, "recipe": recipe, "seed": seed, **of_teachers}
+        reads = {"after": key, "recipe": recipe, "seed": seed}
         run_stage(folder, reads, partial(make, seed=seed))
         found.append(json.loads((folder / "scores.json").read_text()))
         tqdm.write(f"seed {seed}: " + ", ".join(f"{n} {_ua(s):.3f}" for n, s in found[-1].items()))

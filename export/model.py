@@ -1,6 +1,7 @@
 """One network from samples to logits: an encoder and a head."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,8 +44,7 @@ class Classifier(nn.Module):
 def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead:
     """Return the untrained head of a recipe for hidden states ``(N, states, F, dim)``."""
     labels = len(recipe.data.labels)
-    head = recipe.head
-    return CnnHead(states, dim, labels, head.width, head.dropout, head.each_state)
+    return CnnHead(states, dim, labels, **asdict(recipe.head))
 
 
 def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:

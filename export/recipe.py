@@ -102,12 +102,16 @@ class HeadChoice:
     Attributes:
         width: See `export.heads.CnnHead`, as for the others.
         dropout: In training.
+        probe_dropout: The same of what the probe sees.
         each_state: Whether the probe sees each hidden state by itself.
+        upper: How many of the uppermost states training by gradients sees; ridge sees all.
     """
 
     width: int = 256
     dropout: float = 0.2
-    each_state: bool = False
+    probe_dropout: float = 0.2
+    each_state: bool = True
+    upper: int = 3
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,6 @@ class Train:
         nonspeech: Sounds that are no speech (see `export.nonspeech`), heard with the clips.
         folds: Heads that are trained beside the one that is shipped, each without some of the
             speakers: their answers set the temperature, the threshold and the adaptation.
-        teacher: A recipe beside this one with the same folds and a frozen encoder, which must have
-            been run: training begins with its head, and learns the mean answer of its heads beside
-            the labels. Only with ``tuned``.
-        seeds: Seeds of the teacher whose answers are averaged.
-        soft: Share of the teacher in the loss.
     """
 
     epochs: int
@@ -158,9 +157,6 @@ class Train:
     hold: float = 0.2
     nonspeech: int = 0
     folds: int = 4
-    teacher: str = ""
-    seeds: tuple[int, ...] = (0,)
-    soft: float = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -275,10 +271,6 @@ class Recipe:
                 )
             if self.train.ridge:
                 raise RecipeError("train.ridge needs a frozen encoder; leave ridge or tuned out")
-        elif self.train and self.train.teacher:
-            raise RecipeError(
-                "train.teacher needs train.tuned, for the teacher's encoder is frozen"
-            )
 
 
 def read_recipe(path: Path) -> Recipe:

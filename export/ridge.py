@@ -3,6 +3,10 @@
 A probe that is trained by gradients knows its training speakers too well; ridge regression of the
 same statistics errs elsewhere than the convolutions do. Their log-probs are summed, and as both
 probes are linear in the same input, the sum is one probe: it costs nothing when it runs.
+
+The lowest states help it, and hurt where gradients see them as well, for then both err alike:
+pooled UA of speakers that were not heard (recipe ``default``, four folds, seed 0) is .723 with
+three states for both, .713 with five for both, .731 with five for ridge alone.
 """
 
 from collections.abc import Sequence
@@ -17,10 +21,11 @@ from torch.nn import functional
 from export.corpora import Clip
 from export.heads import CnnHead
 from export.splits import folds, speakers
-from export.targets import Targets, masked_cross_entropy
+from export.targets import Targets, masked_cross_entropy, smoothed
 from export.views import View
 
 FOLDS = 3
+SHARE = 0.5  # of the sharpness that it would have alone
 SHARPEST = 30.0  # a multiple of what was ever found
 
 Floats = npt.NDArray[np.float64]
@@ -63,15 +68,17 @@ def add_ridge(
 ) -> float:
     """Fit ridge regression to what the probe of a trained head sees, and add it to the probe.
 
-    How sharp its answers become, the factor that makes logits of them, is what predicts the clips
-    of held-out speakers best, by three folds over those chosen.
+    How sharp its answers become, the factor that makes logits of them, is half of what predicts the
+    clips of held-out speakers best, by three folds over those chosen: the head has told its own
+    share already. Out of fold, halves and wholes differ by less than a point of pooled UA, but
+    wholes are too sure.
 
     Args:
         head: Trained; its probe is changed.
         views: Of all clips, with ``states``; only those as recorded are read.
         clips: All clips, for their speakers.
         targets: Of all clips.
-        chosen: The clips that the head was trained on.
+        chosen: The clips that the head was trained on, and the sounds that are no speech.
         alpha: Penalty of the squared weights.
         balance: As the head was trained with.
 
@@ -80,23 +87,27 @@ def add_ridge(
     """
     among = set(chosen)
     heard = [view for view in views if view.number == 0 and view.clip in among]
-    rows = [view.clip for view in heard]
+    rows = torch.tensor([view.clip for view in heard])
     inputs = torch.cat([_inputs(head, view) for view in heard])
     weights = targets.weights(chosen, balance)[rows].double()
     mask, label = targets.mask[rows], targets.label[rows]
-    target = functional.one_hot(label, mask.shape[1]).double()
-    of_rows = [clips[row] for row in rows]
-    fold = torch.from_numpy(folds(of_rows, min(FOLDS, len(speakers(of_rows))), 0))
+    target = smoothed(label, mask, 0.0).double()
+    spoken = label >= 0
+    of_rows = [clips[row] for row in rows[spoken].tolist()]
+    fold = torch.full_like(rows, -1)  # sounds have no speaker to be held out
+    fold[spoken] = torch.from_numpy(folds(of_rows, min(FOLDS, len(speakers(of_rows))), 0))
     held_out = torch.zeros_like(target)
-    for number in fold.unique():
+    for number in fold[spoken].unique():
         out = fold == number
         weight, bias = solve(inputs[~out], target[~out], weights[~out], alpha)
         held_out[out] = inputs[out] @ weight.T + bias
+    asked, right = held_out[spoken], target[spoken] * weights[spoken, None]
 
     def loss(factor: float) -> float:
-        return masked_cross_entropy(factor * held_out, target * weights[:, None], mask).item()
+        return masked_cross_entropy(factor * asked, right, mask[spoken]).item()
 
-    factor = float(minimize_scalar(loss, bounds=(0.0, SHARPEST), method="bounded").x)
+    found = minimize_scalar(loss, bounds=(0.0, SHARPEST), method="bounded")
+    factor = SHARE * float(found.x)
     weight, bias = solve(inputs, target, weights, alpha)
     head.probe.weight += factor * weight
     head.probe.bias += factor * bias

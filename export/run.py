@@ -166,16 +166,13 @@ class Run:
         }
         cache = self.shared()[0]
         if recipe.folds:
-            teachers, of_teachers = teachers_of(self.path, recipe, self.out, "folds")
-            make = partial(make_folds, speech, self.weights, cache.folder, seed, teachers)
-            reads = {**settings, "seed": seed, **of_teachers}
+            make = partial(make_folds, speech, self.weights, cache.folder, seed)
+            reads = {**settings, "seed": seed}
             return [Stage("folds", self.folder / "folds", cache.name, reads, make)]
         learn = partial(make_student, speech, self.weights, cache.folder, seed)
         reads = {**settings, "seed": seed}
         if recipe.train:
-            teachers, of_teachers = teachers_of(self.path, recipe, self.out, "train")
-            learn = partial(make_heads, speech, self.weights, cache.folder, seed, teachers)
-            reads |= of_teachers
+            learn = partial(make_heads, speech, self.weights, cache.folder, seed)
         folders = {
             name: self.folder / name for name in ("train", "graph", "quantize", "certify", "bundle")
         }
@@ -263,36 +260,6 @@ class Run:
                     f"--seeds {seed}"
                 )
         return recipe, folders
-
-
-def teachers_of(
-    path: Path, recipe: Recipe, out: Path, stage: str
-) -> tuple[list[Path], dict[str, Any]]:
-    """Return the folders of a stage of every seed of ``train.teacher``, and what they depend on.
-
-    Args:
-        path: The recipe's file; the teacher's lies beside it.
-        recipe: What it holds.
-        out: Where the results are.
-        stage: The stage that trains in the same folds.
-
-    Raises:
-        RecipeError: The teacher has not been run.
-    """
-    assert recipe.train  # only such recipes have such teachers
-    if not recipe.train.teacher:
-        return [], {}
-    teacher = path.parent / recipe.train.teacher
-    home = out / read_recipe(teacher).name
-    folders = [home / f"seed{seed}" / stage for seed in recipe.train.seeds]
-    for folder, seed in zip(folders, recipe.train.seeds, strict=True):
-        if not folder.is_dir():
-            raise RecipeError(
-                f"no teacher {str(folder)!r}; run {teacher} with the same --out first, "
-                f"--seeds {seed}"
-            )
-    files = [file for folder in folders for file in sorted(folder.glob("*/model.safetensors"))]
-    return folders, {"teachers": fingerprint(files)}
 
 
 def features_of(speech: Speech, weights: Path | None) -> tuple[dict[str, Any], Make]:

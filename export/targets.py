@@ -73,20 +73,17 @@ def mean_answer(answers: Sequence[Tensor]) -> Tensor:
     return torch.stack([logits.log_softmax(dim=1) for logits in answers]).mean(dim=0)
 
 
-def soft_loss(
-    student: Tensor, teacher: Tensor, temperature: float, weights: Tensor | None = None
-) -> Tensor:
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return T^2 times the divergence of softened answers (arXiv 1503.02531), both ``(N, C)``.
 
     Args:
         student: Logits.
         teacher: Log-probs at the same temperature.
         temperature: T.
-        weights: Of the clips, ``(N,)``; none weighs all alike.
     """
     answers = (student / temperature).log_softmax(dim=1)
-    each = functional.kl_div(answers, teacher, reduction="none", log_target=True).sum(dim=1)
-    return (each if weights is None else each * weights).mean() * temperature**2
+    divergence = functional.kl_div(answers, teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Training of a head, and of the layers below it, on cached hidden states."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,24 +7,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.errors import RecipeError
 from export.heads import CnnHead
-from export.model import new_classifier, new_head, trained_part
-from export.recipe import Recipe, Train
+from export.model import new_classifier, trained_part
+from export.recipe import Train
 from export.ridge import add_ridge
 from export.speech import Speech
-from export.targets import Targets, masked_cross_entropy, smoothed, soft_loss
-from export.tune import TunedHead, ensemble, parameter_groups
+from export.targets import Targets, masked_cross_entropy, smoothed
+from export.tune import TunedHead, parameter_groups
 from export.views import View
 
 CHECKPOINT = "checkpoint.pt"
 SHORTEST_S = 0.4  # what the runtime refuses to go below
 CLIP = 1.0  # largest norm of a gradient
-TEMPERATURE = 2.0  # of the answers of a teacher, as in `export.recipe.Distill`
 
 
 def one_cycle(progress: float, rise: float = 0.05) -> float:
@@ -88,7 +85,6 @@ def train_head(
     *,
     seed: int,
     folder: Path | None = None,
-    teach: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Train a head, or a `TunedHead`, in place.
 
@@ -101,8 +97,6 @@ def train_head(
         seed: Decides all chance; every epoch has its own generator, so that a resumed training
             equals one that never stopped.
         folder: Where each epoch is kept, to go on from; not kept without it.
-        teach: Answers states and real frames as ``head`` does, with logits alone; learned beside
-            the labels.
     """
     clean: dict[int, list[View]] = {}
     augmented: dict[int, list[View]] = {}
@@ -143,12 +137,7 @@ def train_head(
                 real, mask = real | real[other], mask | mask[other]
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
                 logits, _ = head(states, real)
-                said = teach(states, real) if teach else None
             loss = masked_cross_entropy(logits.float(), target, mask)
-            if said is not None:
-                softened = (said / TEMPERATURE).log_softmax(dim=1)
-                soft = soft_loss(logits.float(), softened, TEMPERATURE, target.sum(dim=1))
-                loss = (1 - settings.soft) * loss + settings.soft * soft
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), CLIP)
@@ -224,20 +213,6 @@ def window_logits(
     return [np.concatenate(found[clip]) for clip in clips]
 
 
-def _head_of(recipe: Recipe, like: TunedHead, trained: Path) -> CnnHead:
-    """Return the frozen head that lies in the folder of its training."""
-    file = trained / "model.safetensors"
-    head = new_head(recipe, like.states, like.head.probe_norm.normalized_shape[0] // 2)
-    try:
-        head.load_state_dict(load_file(file))
-    except (OSError, RuntimeError) as exc:
-        raise RecipeError(
-            f"no teacher {str(file)!r} that fits; run its recipe with the same --out first, with "
-            "the same encoder, head and folds"
-        ) from exc
-    return head.eval()
-
-
 def fit_head(
     speech: Speech,
     weights: Path | None,
@@ -245,7 +220,6 @@ def fit_head(
     chosen: Sequence[int],
     seed: int,
     folder: Path,
-    teachers: Sequence[Path] = (),
 ) -> nn.Module:
     """Train what a recipe trains on some clips; resumes what lies in ``folder``.
 
@@ -256,7 +230,6 @@ def fit_head(
         chosen: The clips to train on.
         seed: Of the training.
         folder: Takes ``model.safetensors``, and a checkpoint an epoch.
-        teachers: The same folder of each seed of ``train.teacher``.
 
     Returns:
         `export.model.trained_part` of the network, in evaluation mode.
@@ -266,19 +239,14 @@ def fit_head(
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     classifier = new_classifier(speech.recipe, weights)
-    head, teach = trained_part(speech.recipe, classifier), None
-    if teachers:
-        assert isinstance(head, TunedHead)  # a recipe without is refused
-        heads = [_head_of(speech.recipe, head, teacher) for teacher in teachers]
-        teach = ensemble(copy.deepcopy(head.layers), head.states, heads)
-        head.head.load_state_dict(heads[0].state_dict())
+    head = trained_part(speech.recipe, classifier)
     targets = Targets.of(speech, settings.nonspeech)
     every = [*chosen, *speech.sounds(settings.nonspeech)]
-    train_head(head, views, targets, every, settings, seed=seed, folder=folder, teach=teach)
+    train_head(head, views, targets, every, settings, seed=seed, folder=folder)
     if settings.ridge:
         assert isinstance(head, CnnHead)  # a recipe with both is refused
         factor = add_ridge(
-            head, views, speech.clips, targets, chosen,
+            head, views, speech.clips, targets, every,
             alpha=settings.ridge, balance=settings.balance,
         )  # fmt: skip
         tqdm.write(f"ridge: added to the probe, times {factor:.1f}")

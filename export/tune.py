@@ -1,15 +1,12 @@
 """Fine-tuning of the uppermost layers of a pretrained encoder, together with the head."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from export.encoders.whisper import upper_states
 from export.heads import CnnHead
 from export.recipe import Train
-from export.targets import mean_answer
 
 
 class TunedHead(nn.Module):
@@ -36,29 +33,6 @@ class TunedHead(nn.Module):
         """
         found = upper_states(self.layers, states[:, 0], self.states, mask)
         return self.head(found.float(), None if mask is None else pairs(mask))
-
-
-def ensemble(
-    layers: nn.ModuleList, states: int, heads: Sequence[CnnHead]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what answers as several heads on the same frozen layers do, taken together.
-
-    Args:
-        layers: As pretrained.
-        states: How many hidden states the heads weigh.
-        heads: In evaluation mode.
-
-    Returns:
-        States ``(N, 1, F, D)`` and mask ``(N, 1, F)``, as `TunedHead` takes them, to logits
-        ``(N, C)``.
-    """
-
-    @torch.no_grad()
-    def answer(below: Tensor, mask: Tensor) -> Tensor:
-        found = upper_states(layers, below[:, 0], states, mask).float()
-        return mean_answer([head(found, pairs(mask))[0].float() for head in heads])
-
-    return answer
 
 
 def pairs(mask: Tensor) -> Tensor:

@@ -1,19 +1,14 @@
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from edge_ser.adaptation import Adaptation
 from export import adapt
 from export.adapt import fit_adaptation, measure
-from export.crossfit import answer_folds, deal, make_adaptation
-from export.errors import RecipeError
-from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
-from export.run import features_of
+from export.crossfit import deal, make_adaptation
+from export.recipe import Data, EncoderChoice, Recipe, Train, Windows
 from export.speech import Speech
 from export.targets import Targets
-from export.train import fit_head
-from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora, make_whisper
+from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora
 
 
 @pytest.fixture(scope="module")
@@ -68,56 +63,3 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
     expected = measure(logits, [unheard[number] for number in fold], clips, labels, mask, 3)
     assert rows == expected
     assert rows != measure(logits, [shipped] * len(clips), clips, labels, mask, 3)
-
-
-def test_every_part_begins_with_the_head_of_its_own_teacher(corpora, tmp_path):
-    make_whisper(tmp_path / "weights" / "small", seconds=2)
-    still = {"learning_rate": 0.0, "tuned_rate": 0.0, "views": 0, "folds": 2}
-    encoder = EncoderChoice("whisper", 2, "small", states=2)
-    data = Data(tuple(SPEAKERS), LABELS, validation=VALIDATION, calibration_clips=8)
-
-    def of(**train):
-        settings = Train(1, **still, **train)
-        recipe = Recipe("r", data, Windows(1.0, 0.5), encoder, HeadChoice(8), train=settings)
-        return Speech(recipe, corpora)
-
-    def answer(heard, name, seed, teachers=()):
-        _, make = features_of(heard, tmp_path / "weights")
-        features, folder = tmp_path / f"{name}-features", tmp_path / name
-        for place in (features, folder):
-            place.mkdir()
-        make(features)
-        clips = (*heard.split.train, *heard.split.validation)
-        answer_folds(
-            heard, tmp_path / "weights", features, clips, deal(heard), seed, folder,
-            whole=True, teachers=teachers,
-        )  # fmt: skip
-        return {
-            part: load_file(folder / part / "model.safetensors")
-            for part in ("fold0", "fold1", "whole")
-        }
-
-    teacher = answer(of(), "frozen", seed=3)
-    # Three random heads that are alike would tell nothing of whose is whose.
-    for number, part in enumerate(teacher):
-        teacher[part]["classify.bias"] += number
-        save_file(teacher[part], tmp_path / "frozen" / part / "model.safetensors")
-    taught = answer(of(tuned=1, teacher="t.toml"), "tuned", 5, [tmp_path / "frozen"])
-    for part, tensors in taught.items():
-        for name, tensor in teacher[part].items():
-            assert torch.equal(tensors[f"head.{name}"], tensor), (part, name)
-
-
-def test_a_teacher_of_another_shape_is_one_line(corpora, tmp_path):
-    make_whisper(tmp_path / "weights" / "small", seconds=2)
-    encoder = EncoderChoice("whisper", 2, "small", states=2)
-    data = Data(tuple(SPEAKERS), LABELS, validation=VALIDATION, calibration_clips=8)
-    settings = Train(1, tuned=1, teacher="t.toml")
-    recipe = Recipe("r", data, Windows(1.0, 0.5), encoder, HeadChoice(8), train=settings)
-    (tmp_path / "other").mkdir()
-    save_file({"weights": torch.zeros(5)}, tmp_path / "other" / "model.safetensors")
-    with pytest.raises(RecipeError, match=r"no teacher '.*' that fits; run its recipe"):
-        fit_head(
-            Speech(recipe, corpora), tmp_path / "weights", [], [0], 0, tmp_path / "new",
-            [tmp_path / "other"],
-        )  # fmt: skip

@@ -77,7 +77,7 @@ def test_the_logits_are_those_of_convolutions_and_probe_together():
 
 def test_the_probe_sees_each_state_by_itself():
     torch.manual_seed(0)
-    network = CnnHead(3, 16, 4, width=8, each_state=True).eval()
+    network = CnnHead(3, 16, 4, width=8).eval()
     states = torch.randn(2, 3, 10, 16)
     real = torch.ones(2, 1, 10, dtype=torch.bool)
     real[1, 0, 6:] = False
@@ -86,8 +86,36 @@ def test_the_probe_sees_each_state_by_itself():
         each = [network.probe_norm(statistics(states[:, number], real)) for number in range(3)]
     torch.testing.assert_close(found, torch.cat(each, dim=1))
     with torch.no_grad():
-        mixed = CnnHead(3, 16, 4, width=8).probed(states)
+        mixed = CnnHead(3, 16, 4, width=8, each_state=False).probed(states)
     assert mixed.shape == (2, 32)
+
+
+def test_what_the_probe_sees_is_dropped_by_itself():
+    torch.manual_seed(0)
+    network = CnnHead(3, 16, 4, width=8, dropout=0.0, probe_dropout=1.0).train()
+    states = torch.randn(2, 3, 10, 16)
+    with torch.no_grad():
+        logits, embedding = network(states)
+        torch.testing.assert_close(logits, network.classify(embedding) + network.probe.bias)
+
+
+def test_gradients_see_the_uppermost_states_alone():
+    torch.manual_seed(0)
+    network = CnnHead(4, 16, 3, width=8, upper=2).train()
+    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+    for _ in range(3):
+        network(torch.randn(2, 4, 10, 16))[0].square().sum().backward()
+        optimizer.step()
+    lower, upper = network.probe.weight.split(2 * 2 * 16, dim=1)
+    assert not lower.any()
+    assert upper.all()
+    network.eval()
+    states = torch.randn(2, 4, 10, 16)
+    changed = torch.cat([torch.randn(2, 2, 10, 16), states[:, 2:]], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(network(changed), network(states))
+        lower.fill_(0.1)  # as ridge regression does
+        assert (network(changed)[0] - network(states)[0]).abs().max() > 1e-2
 
 
 def test_scores_weigh_frames_by_their_softmax():
@@ -114,7 +142,7 @@ def test_a_block_hears_its_neighbours_at_the_dilation_only():
 
 
 def test_states_are_weighted_and_their_scale_is_not():
-    network = head()
+    network = head(each_state=False)
     states = torch.randn(1, 3, 10, 16)
     with torch.no_grad():
         expected = network(states)[0]
@@ -137,7 +165,7 @@ def test_the_shapes_are_as_promised():
 def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
     network = CnnHead(states=5, dim=512, classes=7, each_state=each_state)
     parts = {
-        "weights": 5,
+        "weights": 3,
         "project": 512 * 256 + 256,
         "blocks": 2 * (3 * 256 * 256 + 256 + 2 * 256),
         "pool": 256 * 64 + 64 + 64 * 256 + 256,
@@ -147,4 +175,4 @@ def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
         "probe": seen * 2 * 512 * 7 + 7,
     }
     total = sum(p.numel() for p in network.parameters())
-    assert total == sum(parts.values()) == {1: 573_011, 5: 601_683}[seen]
+    assert total == sum(parts.values()) == {1: 573_009, 5: 601_681}[seen]

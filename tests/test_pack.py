@@ -206,7 +206,13 @@ def test_metadata_describes_the_recipe(tmp_path):
     assert (found.temperature, found.abstain_below) == (1.5, 0.25)
     assert found.encoder["source"] == "somewhere"
     assert found.encoder["layers"] == 2
-    assert found.head == {"width": 256, "dropout": 0.2, "each_state": False}
+    assert found.head == {
+        "width": 256,
+        "dropout": 0.2,
+        "probe_dropout": 0.2,
+        "each_state": True,
+        "upper": 3,
+    }
     assert found.teacher == {"name": "t", "sha256": "0"}
     assert [corpus["name"] for corpus in found.corpora] == ["nemo"]
     assert found.files == {}

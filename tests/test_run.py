@@ -19,7 +19,7 @@ from edge_ser.cli import main as edge_ser
 from export.__main__ import main
 from export.adapt import KINDS
 from export.run import Run
-from export.stage import KEY_FILE, key_of
+from export.stage import KEY_FILE
 from tests.speech_corpus import (
     LABELS,
     RESONANCES_HZ,
@@ -59,14 +59,7 @@ learning_rate = 5e-3
 average = 0.9
 tuned = 1
 folds = 3
-teacher = "frozen.toml"
 """
-
-FROZEN = (
-    TEACHER.replace('"teacher"', '"frozen"', 1)
-    .replace("tuned = 1\n", "")
-    .replace('teacher = "frozen.toml"\n', "")
-)
 
 STUDENT = f"""
 name = "student"
@@ -153,10 +146,9 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     make_corpora(folder / "corpora")
     make_whisper(folder / "weights" / "small", seconds=2)
-    recipes = {"frozen": FROZEN, "teacher": TEACHER, "student": STUDENT, "folded": FOLDS}
+    recipes = {"teacher": TEACHER, "student": STUDENT, "folded": FOLDS}
     for name, text in recipes.items():
         (folder / f"{name}.toml").write_text(text)
-    finished(started(folder, "frozen", "--only", "train"))
     finished(started(folder, "teacher"))
     finished(started(folder, "student", "--seeds", "0,1"))
     return folder
@@ -165,12 +157,11 @@ def home(tmp_path_factory):
 @pytest.fixture
 def copy(home, tmp_path):
     """Return a copy of the home with the teacher's results, to spoil."""
-    for name in ("frozen.toml", "teacher.toml", "student.toml", "folded.toml"):
+    for name in ("teacher.toml", "student.toml", "folded.toml"):
         shutil.copy(home / name, tmp_path / name)
     for name in ("corpora", "weights"):
         (tmp_path / name).symlink_to(home / name)
-    for name in ("frozen", "teacher"):
-        shutil.copytree(home / "out" / name, tmp_path / "out" / name)
+    shutil.copytree(home / "out" / "teacher", tmp_path / "out" / "teacher")
     return tmp_path
 
 
@@ -490,24 +481,6 @@ def test_a_teacher_that_was_not_run_is_one_line(copy, capsys):
         f"no teacher {str(trained)!r}; run {copy / 'teacher.toml'} with the same --out first, "
         "--seeds 0"
     )
-
-
-def test_a_frozen_teacher_that_was_not_run_is_one_line(copy, capsys):
-    trained = copy / "out" / "frozen" / "seed0" / "train"
-    shutil.rmtree(trained)
-    assert failure(capsys, copy, "teacher") == (
-        f"no teacher {str(trained)!r}; run {copy / 'frozen.toml'} with the same --out first, "
-        "--seeds 0"
-    )
-
-
-def test_another_frozen_teacher_makes_another_network(copy):
-    run = Run(copy / "teacher.toml", copy / "corpora", copy / "weights", copy / "out")
-    before = [key_of(stage.reads) for stage in run.seeded()]
-    spoilt = copy / "out" / "frozen" / "seed0" / "train" / "fold1" / "model.safetensors"
-    spoilt.write_bytes(spoilt.read_bytes() + b" ")
-    after = [key_of(stage.reads) for stage in run.seeded()]
-    assert [a != b for a, b in zip(before, after, strict=True)] == [True] + [False] * 4
 
 
 VARIANTS = """

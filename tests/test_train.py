@@ -235,31 +235,3 @@ def test_clean_1_hears_no_augmented_view():
     ]
     train_head(other, spoilt, targets, list(range(24)), settings, seed=0)
     assert equal(one, other)
-
-
-@pytest.mark.parametrize(("soft", "follows"), [(1.0, "teacher"), (0.0, "labels")])
-def test_a_teacher_is_believed_by_its_share(soft, follows):
-    views, targets = toy()
-    sure = 6 * torch.eye(3).roll(1, dims=1)  # says the next label
-
-    def teach(states, _):
-        # What is near the centre of a class: the mean of its clips, as they were made.
-        centres = torch.stack(
-            [
-                torch.cat([_mean(view) for view in views if view.clip % 3 == label]).mean(dim=0)
-                for label in range(3)
-            ]
-        )
-        nearest = torch.cdist(states.mean(dim=2).flatten(1), centres).argmin(dim=1)
-        return sure[nearest]
-
-    head = new_head()
-    settings = Train(epochs=40, batch=8, learning_rate=3e-3, mixup=0, soft=soft, average=0.9)
-    train_head(head, views, targets, list(range(24)), settings, seed=0, teach=teach)
-    answers = [one[0].argmax() for one in window_logits(head, views, range(24))]
-    expected = (targets.label + 1) % 3 if follows == "teacher" else targets.label
-    assert answers == expected.tolist()
-
-
-def _mean(view):
-    return torch.from_numpy(view.arrays["states"]).float().mean(dim=1).flatten()[None]

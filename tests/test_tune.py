@@ -7,7 +7,7 @@ from export.heads import CnnHead
 from export.model import Classifier, lift, trained_part
 from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
 from export.train import WeightAverage, schedule
-from export.tune import TunedHead, ensemble, pairs, parameter_groups
+from export.tune import TunedHead, pairs, parameter_groups
 
 CONFIG = {
     "num_mel_bins": 8, "d_model": 16, "encoder_layers": 3, "encoder_attention_heads": 2,
@@ -129,22 +129,6 @@ def test_upper_states_are_the_last_ones(model):
 def test_a_number_of_layers_that_cannot_be_tuned_is_refused(tuned):
     with pytest.raises(RecipeError, match=r"allowed is 0, or 2 to 3"):
         recipe(tuned=tuned)
-
-
-@torch.no_grad()
-def test_a_teacher_is_its_heads_on_the_layers_as_they_were(model):
-    heads = [model.head, CnnHead(3, 16, 3, width=8).eval()]
-    below = model.encoder.below(SAMPLES, 1)[:, None]
-    answer = ensemble(model.encoder.layers[-2:], 3, heads)
-    found = answer(below, torch.ones(2, 1, 40, dtype=torch.bool)).softmax(dim=1)
-    each = torch.stack([head(model.encoder(SAMPLES))[0].softmax(dim=1) for head in heads])
-    expected = each.log().mean(dim=0).exp()
-    torch.testing.assert_close(found, expected / expected.sum(dim=1, keepdim=True))
-
-
-def test_a_teacher_without_tuned_layers_is_refused():
-    with pytest.raises(RecipeError, match=r"train\.teacher needs train\.tuned"):
-        recipe(teacher="frozen.toml")
 
 
 def test_ridge_and_tuned_layers_exclude_each_other():
