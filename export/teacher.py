@@ -31,7 +31,7 @@ def load_teacher(
         recipe: The teachers'.
         weights: Folder of pretrained checkpoints.
         trained: The folders of the teachers' training stages, one a seed: their log-probs are
-            averaged, all else is the first one's.
+            averaged, all else is that of the first member of the first one.
         student: The student's encoder.
         layers: Keep the hidden states of the teachers' layers as well.
     """
@@ -57,12 +57,13 @@ def load_teacher(
             states = lift(recipe, first)(cached)
             logits, embedding = first.head(states)
             answers = [logits, *(o.head(lift(recipe, o)(cached))[0] for o in others)]
-            normed = functional.layer_norm(states, states.shape[-1:])
-            frames = first.head.convolve(first.head.mix(normed))
+            member = getattr(first.head, "members", [first.head])[0]
+            embedding, frames = embedding[:, : member.embedding_dim], member.frames(states)
             arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
             arrays[f"{name}_logits"] = mean_answer(answers)[0].numpy()
             arrays[f"{name}_embedding"] = embedding[0].numpy()
             if layers:
+                normed = functional.layer_norm(states, states.shape[-1:])
                 arrays[f"{name}_layers"] = normed[0].numpy().astype(np.float16)  # (S, F, D)
         return arrays
 

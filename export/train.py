@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.heads import CnnHead
+from export.heads import CnnHead, HeadEnsemble
 from export.model import new_classifier, trained_part
 from export.recipe import Train
 from export.ridge import add_ridge
@@ -228,18 +229,43 @@ def fit_head(
         weights: Folder of pretrained checkpoints.
         views: Of all clips.
         chosen: The clips to train on.
-        seed: Of the training.
-        folder: Takes ``model.safetensors``, and a checkpoint an epoch.
+        seed: Of the training. Member m of M has the chance of the single head of seed M * seed + m.
+        folder: Takes ``model.safetensors``, and a checkpoint an epoch, or a folder a member.
 
     Returns:
         `export.model.trained_part` of the network, in evaluation mode.
     """
+    count = speech.recipe.head.members
+    if count == 1:
+        return _fit_one(speech, weights, views, chosen, seed, folder)
+    members = []
+    for m in range(count):
+        place = folder / f"member{m}"
+        members.append(_fit_one(speech, weights, views, chosen, count * seed + m, place))
+    head = HeadEnsemble(members)
+    save_file(head.state_dict(), folder / "model.safetensors")
+    return head
+
+
+def _fit_one(
+    speech: Speech,
+    weights: Path | None,
+    views: Sequence[View],
+    chosen: Sequence[int],
+    seed: int,
+    folder: Path,
+) -> nn.Module:
+    """Train one head, or the tuned layers and a head; as `fit_head`."""
     settings = speech.recipe.train
     assert settings  # only recipes with [train] have this stage
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    single = replace(speech.recipe, head=replace(speech.recipe.head, members=1))
     torch.manual_seed(seed)
-    classifier = new_classifier(speech.recipe, weights)
-    head = trained_part(speech.recipe, classifier)
+    head = trained_part(single, new_classifier(single, weights))
+    finished = folder / "model.safetensors"
+    if finished.exists():
+        head.load_state_dict(load_file(finished))
+        return head.eval()
     targets = Targets.of(speech, settings.nonspeech)
     every = [*chosen, *speech.sounds(settings.nonspeech)]
     train_head(head, views, targets, every, settings, seed=seed, folder=folder)
@@ -250,5 +276,5 @@ def fit_head(
             alpha=settings.ridge, balance=settings.balance,
         )  # fmt: skip
         tqdm.write(f"ridge: added to the probe, times {factor:.1f}")
-    save_file(head.state_dict(), folder / "model.safetensors")
+    save_file(head.state_dict(), finished)
     return head

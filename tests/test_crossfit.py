@@ -1,14 +1,19 @@
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from edge_ser.adaptation import Adaptation
 from export import adapt
 from export.adapt import fit_adaptation, measure
 from export.crossfit import deal, make_adaptation
-from export.recipe import Data, EncoderChoice, Recipe, Train, Windows
+from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
+from export.run import features_of
 from export.speech import Speech
 from export.targets import Targets
-from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora
+from export.train import fit_head, window_logits
+from export.views import load_views
+from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora, make_whisper
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +68,45 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
     expected = measure(logits, [unheard[number] for number in fold], clips, labels, mask, 3)
     assert rows == expected
     assert rows != measure(logits, [shipped] * len(clips), clips, labels, mask, 3)
+
+
+def test_the_members_of_a_head_are_single_heads_of_other_seeds(corpora, tmp_path):
+    make_whisper(tmp_path / "weights" / "small", seconds=2)
+
+    def heard(members):
+        return Speech(
+            Recipe(
+                "r",
+                Data(tuple(SPEAKERS), LABELS, validation=VALIDATION, calibration_clips=8),
+                Windows(1.0, 0.5),
+                EncoderChoice("whisper", 2, "small", states=3),
+                HeadChoice(8, upper=2, members=members),
+                train=Train(1, views=0, ridge=10.0),
+            ),
+            corpora,
+        )
+
+    _, make = features_of(heard(1), tmp_path / "weights")
+    (tmp_path / "features").mkdir()
+    make(tmp_path / "features")
+    views = load_views(tmp_path / "features")
+    chosen = heard(1).where(heard(1).split.train)
+
+    def fit(members, seed):
+        folder = tmp_path / f"{members}-{seed}"
+        return fit_head(heard(members), tmp_path / "weights", views, chosen, seed, folder), folder
+
+    both, folder = fit(2, 3)
+    alone = [fit(1, seed)[0] for seed in (6, 7)]
+    expected = [torch.tensor(window_logits(one, views, chosen[:2])[0]) for one in alone]
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    found = torch.tensor(window_logits(both, views, chosen[:2])[0])
+    torch.testing.assert_close(found, (expected[0] + expected[1]) / 2)
+
+    # What is finished is not trained again, nor is the ridge added twice.
+    kept = folder / "member1" / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+    again, _ = fit(2, 3)
+    assert kept.stat().st_mtime_ns == before
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.heads import AttentivePooling, CnnHead, DilatedBlock, statistics
+from export.heads import AttentivePooling, CnnHead, DilatedBlock, HeadEnsemble, statistics
 
 LONGEST = 24
 
@@ -176,3 +176,27 @@ def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
     }
     total = sum(p.numel() for p in network.parameters())
     assert total == sum(parts.values()) == {1: 573_009, 5: 601_681}[seen]
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_members():
+    torch.manual_seed(0)
+    members = [CnnHead(3, 16, 4, width=8).eval() for _ in range(3)]
+    ensemble = HeadEnsemble(members)
+    states, real = torch.randn(2, 3, 10, 16), torch.ones(2, 1, 10, dtype=torch.bool)
+    real[1, 0, 6:] = False
+    with torch.no_grad():
+        logits, embedding = ensemble(states, real)
+        each = [member(states, real) for member in members]
+    torch.testing.assert_close(logits, torch.stack([one for one, _ in each]).mean(dim=0))
+    assert embedding.shape == (2, ensemble.embedding_dim) == (2, 48)
+    torch.testing.assert_close(embedding[:, 16:32], each[1][1])
+
+
+def test_the_frames_are_those_that_are_pooled():
+    network = head()
+    states = torch.randn(2, 3, 10, 16)
+    with torch.no_grad():
+        frames = network.frames(states)
+        pooled = network.norm(network.pool(frames))
+        torch.testing.assert_close(pooled, network(states)[1])
+    assert frames.shape == (2, 8, 10)

@@ -212,6 +212,7 @@ def test_metadata_describes_the_recipe(tmp_path):
         "probe_dropout": 0.2,
         "each_state": True,
         "upper": 3,
+        "members": 1,
     }
     assert found.teacher == {"name": "t", "sha256": "0"}
     assert [corpus["name"] for corpus in found.corpora] == ["nemo"]

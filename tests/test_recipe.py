@@ -91,6 +91,22 @@ def test_every_part_is_read_as_its_type(tmp_path):
     assert [type(value) for value in recipe.augmentation.snr_db] == [float, float]
 
 
+@pytest.mark.parametrize(
+    ("text", "members", "expected"),
+    [
+        (SMALL, 0, "head.members = 0: 1 or more are allowed"),
+        (
+            SMALL + "tuned = 2\n",
+            3,
+            "head.members = 3: above 1 only with [train], and without tuned",
+        ),
+        (STUDENT, 3, "head.members = 3: above 1 only with [train], and without tuned"),
+    ],
+)
+def test_members_that_cannot_be_trained_are_refused(tmp_path, text, members, expected):
+    assert refusal(tmp_path, f"{text}\n[head]\nmembers = {members}\n") == expected
+
+
 def test_a_whole_number_will_do_for_a_float(tmp_path):
     window_s = read(tmp_path, SMALL.replace("window_s = 3.0", "window_s = 3")).windows.window_s
     assert window_s == 3.0 and type(window_s) is float
