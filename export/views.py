@@ -6,7 +6,7 @@ to one window. A view depends on the clip and its number only, never on what ran
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +76,15 @@ def make_views(
         clips: The clips, in the order that `View.clip` counts.
         views: How many augmented views each clip has beside the one as recorded.
         cutting: How they are cut.
-        load: Makes the computation inside each worker process; it must be picklable.
+        load: Makes the computation, once in each worker process; it must be picklable.
     """
     starts = [s for s in range(0, len(clips), SHARD) if not _shard(folder, s).exists()]
     with (
-        workers() as pool,
+        workers(begin=partial(_keep, load)) as pool,
         tqdm(total=len(clips), initial=len(clips) - _count(starts, len(clips))) as bar,
     ):
         jobs = [
-            (s, clips[s : s + SHARD], views[s : s + SHARD], cutting, load, _shard(folder, s))
+            (s, clips[s : s + SHARD], views[s : s + SHARD], cutting, _shard(folder, s))
             for s in starts
         ]
         for done in pool.map(_make_shard, jobs):
@@ -135,16 +135,25 @@ def _count(starts: Sequence[int], clips: int) -> int:
     return sum(min(SHARD, clips - start) for start in starts)
 
 
+_load: Callable[[], Compute]  # of this worker process
+
+
+def _keep(load: Callable[[], Compute]) -> None:
+    global _load
+    _load = load
+
+
 @cache
-def _loaded(load: Callable[[], Compute]) -> Compute:
-    return load()
+def _compute() -> Compute:
+    # By the first job rather than at the start, where an error would have no way out.
+    return _load()
 
 
 def _make_shard(
-    job: tuple[int, Sequence[Clip], Sequence[int], Cutting, Callable[[], Compute], Path],
+    job: tuple[int, Sequence[Clip], Sequence[int], Cutting, Path],
 ) -> int:
-    start, clips, views, cutting, load, file = job
-    compute = _loaded(load)
+    start, clips, views, cutting, file = job
+    compute = _compute()
     arrays: Arrays = {}
     for index, (clip, most) in enumerate(zip(clips, views, strict=True), start):
         for number in range(most + 1):

@@ -3,29 +3,33 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 
-def workers(each: int = 1) -> ProcessPoolExecutor:
+def workers(each: int = 1, begin: Callable[[], None] | None = None) -> ProcessPoolExecutor:
     """Return a pool of one process a core, each computing on one thread.
 
     Two one-thread processes use two cores better than one process of two threads does.
 
     Args:
         each: How many processes a job starts for itself; there are fewer jobs at a time then.
+        begin: Called once in each process; it must not fail.
     """
     spawn = multiprocessing.get_context("spawn")
     jobs = max(1, (os.cpu_count() or 1) // each)
-    return ProcessPoolExecutor(jobs, spawn, initializer=_begin)
+    return ProcessPoolExecutor(jobs, spawn, initializer=_begin, initargs=(begin,))
 
 
-def _begin() -> None:
+def _begin(begin: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     # A killed parent cannot stop its workers, and what they went on to write would be in the way
     # of the run that goes on.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if begin:
+        begin()
 
 
 def _end_with_parent() -> None:

@@ -111,6 +111,23 @@ def test_views_come_in_the_order_of_clips_numbers_and_windows(made):
     assert order == sorted(order)
 
 
+def noted_sum(folder):
+    """Return `slow_sum`, and leave a file that tells of it."""
+    (folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+    return slow_sum()
+
+
+def test_a_process_loads_once_however_many_files_it_makes(clips, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for name in ("views", "loads"):
+        (tmp_path / name).mkdir()
+    load = partial(noted_sum, tmp_path / "loads")
+    make_views(tmp_path / "views", clips, numbers(clips), CUTTING, load)
+    assert len(list((tmp_path / "views").iterdir())) > 2
+    assert len(list((tmp_path / "loads").iterdir())) == 1
+    assert_equal(made, tmp_path / "views")
+
+
 def assert_equal(made, again):
     names = sorted(file.name for file in made.glob("*.npz"))
     assert names == sorted(file.name for file in again.glob("*.npz"))
