@@ -90,7 +90,8 @@ def test_opset_properties_and_layer_normalization(exported):
     nodes = [node.op_type for node in proto.graph.node]
     # The head normalises every hidden state by a function, which may be one node for all.
     assert norms < nodes.count("LayerNormalization") <= norms + model.encoder.states
-    assert "ReduceMean" not in nodes or nodes.count("ReduceMean") < norms
+    # Two means of each state are what the probe sees; two of each norm would be too many.
+    assert nodes.count("ReduceMean") - 2 * model.encoder.states < norms
     assert not {"STFT", "DFT"} & set(nodes)
 
 
