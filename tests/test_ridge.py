@@ -3,12 +3,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from sklearn.linear_model import Ridge
+from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from export.errors import CorpusError
 from export.heads import CnnHead, statistics
 from export.ridge import SHARPEST, add_ridge, solve
+from export.splits import folds
 from export.targets import NONSPEECH, Targets
 from export.views import View
 from tests.test_splits import clip
@@ -82,6 +85,20 @@ def test_what_is_added_is_the_ridge_regression_times_the_factor():
     np.testing.assert_allclose(added, factor * (inputs @ weight.T + bias), atol=1e-5)
     right = (inputs[18:] @ weight.T + bias).argmax(dim=1) == targets.label[18:]
     assert right.float().mean() > 0.8
+
+
+def test_it_is_half_as_sharp_as_fits_held_out_speakers_best():
+    head, views, clips, targets = toy()
+    _, inputs = answers(head, views)
+    one_hot, fold = torch.eye(3, dtype=torch.float64)[targets.label], folds(clips, 3, 0)
+    held_out = torch.zeros(24, 3, dtype=torch.float64)
+    for out in (torch.from_numpy(fold == number) for number in range(3)):
+        weight, bias = solve(inputs[~out], one_hot[~out], torch.ones(24).double()[~out], 5.0)
+        held_out[out] = inputs[out] @ weight.T + bias
+    grid = np.arange(0.1, 30, 0.01)
+    losses = [log_loss(targets.label, softmax(f * held_out.numpy(), axis=1)) for f in grid]
+    factor = add_ridge(head, views, clips, targets, range(24), alpha=5.0, balance=0.0)
+    assert factor == pytest.approx(grid[np.argmin(losses)] / 2, abs=0.01)
 
 
 def test_sounds_are_answered_with_all_labels_alike():
