@@ -38,10 +38,16 @@ class Augmentation:
         room: Probability of reverberation.
         rt60_s: Reverberation time in seconds, above 0.
         direct_db: Energy of the direct sound over that of the reverberation, in dB.
+        tilt: Probability of a tilted spectrum, as of another microphone.
+        tilt_db: Its slope in dB an octave; positive is brighter.
+        tone: Probability of a steady tone, at the ratio that noise has.
+        tone_hz: Its frequency in Hz, drawn evenly on a logarithmic scale; above 0.
         noise: Probability of noise.
         snr_db: Signal-to-noise ratio in dB.
         noise_exponent: Slope of the noise: power falls with frequency to this power; 0 is white,
             1 pink, 2 brown.
+        clipping: Probability of peaks beyond full scale, cut off.
+        clipped: Share of the samples that are cut, 0 to 0.5.
         telephone: Probability of the telephone band.
         gain: Probability of another level.
         gain_db: Gain in dB.
@@ -56,14 +62,20 @@ class Augmentation:
     semitones: tuple[float, float] = (-2.0, 2.0)
     crop: float = 0.3
     keep: tuple[float, float] = (0.7, 1.0)
-    shift: float = 0.3
+    shift: float = 0.5
     shift_s: tuple[float, float] = (-0.1, 0.1)
     room: float = 0.2
     rt60_s: tuple[float, float] = (0.1, 0.6)
     direct_db: tuple[float, float] = (0.0, 15.0)
+    tilt: float = 0.3
+    tilt_db: tuple[float, float] = (-4.0, 4.0)
+    tone: float = 0.1
+    tone_hz: tuple[float, float] = (50.0, 7000.0)
     noise: float = 0.5
     snr_db: tuple[float, float] = (5.0, 30.0)
     noise_exponent: tuple[float, float] = (0.0, 1.5)
+    clipping: float = 0.2
+    clipped: tuple[float, float] = (0.0005, 0.01)
     telephone: float = 0.1
     gain: float = 0.5
     gain_db: tuple[float, float] = (-15.0, 6.0)
@@ -74,7 +86,9 @@ class Augmentation:
             "semitones": (-12.0, 12.0),
             "keep": (1e-3, 1.0),
             "rt60_s": (1e-3, 5.0),
+            "tone_hz": (1.0, 1e5),
             "noise_exponent": (0.0, 2.0),
+            "clipped": (0.0, 0.5),
         }
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -97,10 +111,10 @@ def _are_numbers(*values: object) -> bool:
 def augment(
     samples: Samples, rate_hz: int, rng: np.random.Generator, recipe: Augmentation
 ) -> Samples:
-    """Augment one clip as a recording would: voice, then room, noise, channel and level.
+    """Augment one clip: voice, then room, microphone, noise, channel and level.
 
-    Tempo, pitch, room and telephone are brought back to the level (root mean square) of what they
-    were given; noise is added at its ratio to that level; the gain comes last.
+    All but noise, a tone and the gain, which comes last, are brought back to the level (root mean
+    square) of what they were given; noise and a tone are added at their ratio to that level.
 
     Args:
         samples: float32 of shape (T,), at least 0.4 s.
@@ -137,9 +151,16 @@ def augment(
     if chosen(recipe.room):
         rt60_s, direct_db = rng.uniform(*recipe.rt60_s), rng.uniform(*recipe.direct_db)
         out = at_level_of(out, room(out, rate_hz, rng, rt60_s=rt60_s, direct_db=direct_db))
+    if chosen(recipe.tilt):
+        out = tilt(out, rate_hz, db=rng.uniform(*recipe.tilt_db))
+    if chosen(recipe.tone):
+        hz = np.exp(rng.uniform(*np.log(recipe.tone_hz)))
+        out = add_tone(out, rate_hz, hz=hz, snr_db=rng.uniform(*recipe.snr_db))
     if chosen(recipe.noise):
         snr_db, exponent = rng.uniform(*recipe.snr_db), rng.uniform(*recipe.noise_exponent)
         out = add_noise(out, rate_hz, rng, snr_db=snr_db, exponent=exponent)
+    if chosen(recipe.clipping):
+        out = at_level_of(out, clip_peaks(out, beyond=rng.uniform(*recipe.clipped)))
     if chosen(recipe.telephone):
         out = at_level_of(out, telephone(out, rate_hz))
     if chosen(recipe.gain):
@@ -193,6 +214,26 @@ def add_noise(
         noise = scipy.fft.irfft(scipy.fft.rfft(noise, size) * shape, size)[: len(samples)]
     wanted = _rms(samples) * 10.0 ** (-snr_db / 20.0)
     return samples + noise * np.float32(wanted / _rms(noise))
+
+
+def add_tone(samples: Samples, rate_hz: int, *, hz: float, snr_db: float) -> Samples:
+    """Add a sine at its ratio to the mean power of the clip; silence stays silence."""
+    sine = np.sin(2 * np.pi * hz / rate_hz * np.arange(len(samples))).astype(np.float32)
+    return samples + sine * np.float32(np.sqrt(2) * _rms(samples) * 10.0 ** (-snr_db / 20.0))
+
+
+def tilt(samples: Samples, rate_hz: int, *, db: float) -> Samples:
+    """Tilt the spectrum by so many dB an octave, level below 50 Hz, at the level of before."""
+    hz = np.fft.rfftfreq(len(samples), 1 / rate_hz)
+    octaves = np.log2(np.maximum(hz, _NOISE_FLOOR_HZ) / 1000)
+    tilted = scipy.fft.irfft(scipy.fft.rfft(samples) * 10 ** (db * octaves / 20), len(samples))
+    return at_level_of(samples, tilted.astype(np.float32))
+
+
+def clip_peaks(samples: Samples, *, beyond: float) -> Samples:
+    """Amplify until a share ``beyond`` of the samples lies over full scale, and cut these."""
+    full = max(float(np.quantile(np.abs(samples), 1 - beyond)), 1e-6)
+    return np.clip(samples / np.float32(full), -1, 1)
 
 
 def time_stretch(samples: Samples, *, speed: float) -> Samples:

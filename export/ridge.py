@@ -7,8 +7,13 @@ probes are linear in the same input, the sum is one probe: it costs nothing when
 The lowest states help it, and hurt where gradients see them as well, for then both err alike:
 pooled UA of speakers that were not heard (recipe ``default``, four folds, seed 0) is .723 with
 three states for both, .713 with five for both, .733 with five for ridge alone.
+
+Of clips as recorded alone it learns what noise and microphones take away: with it, noise 20 dB
+below the speech changed 18 % of the answers, where augmented views are heard as well 10 %, at the
+same accuracy on clean speech.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,15 +42,14 @@ def solve(inputs: Tensor, target: Tensor, weights: Tensor, alpha: float) -> tupl
     The inputs are standardised for it, and the result is for them as they are. The bias is free.
 
     Args:
-        inputs: ``(N, D)``, float64 as all others.
+        inputs: ``(N, D)``, of one type with all others.
         target: ``(N, C)``.
-        weights: ``(N,)``; only their ratios count.
+        weights: ``(N,)``: a row of weight 2 counts as two rows.
         alpha: Penalty of the squared weights.
     """
-    weights = weights / weights.mean()
     spread, mean = torch.std_mean(inputs, dim=0, correction=0)
     scaled = (inputs - mean) / (spread + 1e-9)
-    share = weights / len(weights)
+    share = weights / weights.sum()
     centre, level = share @ scaled, share @ target
     scaled = scaled - centre
     normal = scaled.T @ (weights[:, None] * scaled)
@@ -75,7 +79,8 @@ def add_ridge(
 
     Args:
         head: Trained; its probe is changed.
-        views: Of all clips, with ``states``; only those as recorded are read.
+        views: Of all clips, with ``states``. The augmented ones of a clip weigh together as much as
+            the clip as recorded.
         clips: All clips, for their speakers.
         targets: Of all clips.
         chosen: The clips that the head was trained on, and the sounds that are no speech.
@@ -86,12 +91,15 @@ def add_ridge(
         The factor.
     """
     among = set(chosen)
-    heard = [view for view in views if view.number == 0 and view.clip in among]
+    heard = [view for view in views if view.clip in among]
     rows = torch.tensor([view.clip for view in heard])
     inputs = torch.cat([_inputs(head, view) for view in heard])
-    weights = targets.weights(chosen, balance)[rows].double()
+    copies = Counter(view.clip for view in heard if view.number)
+    shares = [1 / copies[view.clip] if view.number else 1.0 for view in heard]
+    weights = targets.weights(chosen, balance)[rows] * torch.tensor(shares)
+    weights *= len(among) / weights.sum()  # what the penalty is worth does not hang on the copies
     mask, label = targets.mask[rows], targets.label[rows]
-    target = smoothed(label, mask, 0.0).double()
+    target = smoothed(label, mask, 0.0)
     spoken = label >= 0
     of_rows = [clips[row] for row in rows[spoken].tolist()]
     fold = torch.full_like(rows, -1)  # sounds have no speaker to be held out
@@ -115,6 +123,6 @@ def add_ridge(
 
 
 def _inputs(head: CnnHead, view: View) -> Tensor:
-    """Return what the probe of a head sees of a view, float64 ``(1, S * 2 D)``."""
+    """Return what the probe of a head sees of a view, float32 ``(1, S * 2 D)``."""
     states = torch.from_numpy(view.arrays["states"]).float()[None]
-    return head.probed(functional.layer_norm(states, states.shape[-1:])).double()
+    return head.probed(functional.layer_norm(states, states.shape[-1:]))

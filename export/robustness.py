@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from edge_ser.recognizer import windows
 from export import metrics
-from export.augment import add_noise, telephone
+from export.augment import add_noise, clip_peaks, telephone, tilt
 from export.confidence import clip_probs
 from export.corpora import Clip, read_samples
 from export.errors import RecipeError
@@ -48,11 +48,9 @@ def tone(samples: Samples, rng: np.random.Generator) -> Samples:
     return samples + (level * np.sin(2 * np.pi * 5000 * time_s)).astype(np.float32)
 
 
-def clip_peaks(samples: Samples, rng: np.random.Generator) -> Samples:
+def clipping(samples: Samples, rng: np.random.Generator) -> Samples:
     """Amplify until 0.1 to 0.3 % of the samples lie beyond full scale, and cut them."""
-    beyond = rng.choice([0.001, 0.002, 0.003])
-    full = max(float(np.quantile(np.abs(samples), 1 - beyond)), 1e-6)
-    return np.clip(samples / np.float32(full), -1, 1)
+    return clip_peaks(samples, beyond=rng.choice([0.001, 0.002, 0.003]))
 
 
 def silence(samples: Samples, rng: np.random.Generator, *, before: bool) -> Samples:
@@ -93,15 +91,6 @@ def _filtered(samples: Samples, order: int, edge_hz: float, kind: str) -> Sample
     return np.asarray(scipy.signal.sosfilt(sections, samples), np.float32)
 
 
-def tilt(samples: Samples, rng: np.random.Generator, *, db: float) -> Samples:
-    """Tilt the spectrum by so many dB an octave, at the level of before."""
-    spectrum = np.fft.rfft(samples)
-    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(samples), 1 / RATE_HZ), 50) / 1000)
-    tilted = np.fft.irfft(spectrum * 10 ** (db * octaves / 20), len(samples))
-    loudness = np.sqrt(np.square(samples).mean() / max(np.square(tilted).mean(), 1e-20))
-    return (tilted * loudness).astype(np.float32)
-
-
 def white_noise(samples: Samples, rng: np.random.Generator) -> Samples:
     """Add white noise, the speech 20 dB above it."""
     return add_noise(samples, RATE_HZ, rng, snr_db=SNR_DB)
@@ -128,7 +117,7 @@ SMALL: dict[str, Change] = {
     "tone": tone,
     "silence behind": partial(silence, before=False),
     "silence before": partial(silence, before=True),
-    "clipping": clip_peaks,
+    "clipping": clipping,
     "beginning cut": partial(cut, before=True),
     "end cut": partial(cut, before=False),
     "level": level,
@@ -140,8 +129,8 @@ LARGE: dict[str, tuple[str, Change]] = {
     "white noise": ("noise", white_noise),
     "music": ("noise", music),
     "babble": ("noise", babble),
-    "tilt up": ("tilt", partial(tilt, db=TILT_DB)),
-    "tilt down": ("tilt", partial(tilt, db=-TILT_DB)),
+    "tilt up": ("tilt", lambda samples, _: tilt(samples, RATE_HZ, db=TILT_DB)),
+    "tilt down": ("tilt", lambda samples, _: tilt(samples, RATE_HZ, db=-TILT_DB)),
     "telephone": ("telephone", lambda samples, _: telephone(samples, RATE_HZ)),
 }
 

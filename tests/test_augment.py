@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import scipy.signal
@@ -7,22 +9,22 @@ from hypothesis import strategies as st
 from export.augment import (
     Augmentation,
     add_noise,
+    add_tone,
     at_level_of,
     augment,
+    clip_peaks,
     gain,
     pitch_shift,
     room,
     shift,
     telephone,
+    tilt,
     time_stretch,
 )
 from export.errors import CorpusError, RecipeError
 
 RATE_HZ = 16000
-NEVER = {
-    name: 0.0
-    for name in ("stretch", "pitch", "crop", "shift", "room", "noise", "telephone", "gain")
-}
+NEVER = {field.name: 0.0 for field in fields(Augmentation) if not isinstance(field.default, tuple)}
 ALWAYS = Augmentation(**dict.fromkeys(NEVER, 1.0))
 
 
@@ -178,7 +180,7 @@ def test_a_level_is_matched_and_silence_stays():
     np.testing.assert_array_equal(at_level_of(loud, np.zeros(9, np.float32)), np.zeros(9))
 
 
-@pytest.mark.parametrize("name", ["stretch", "pitch", "room", "telephone"])
+@pytest.mark.parametrize("name", ["stretch", "pitch", "room", "tilt", "clipping", "telephone"])
 def test_augment_keeps_the_level_but_for_noise_and_gain(name):
     samples = speech_like()
     out = augment(samples, RATE_HZ, generator(), Augmentation(**{**NEVER, name: 1.0}))
@@ -197,6 +199,40 @@ def test_augment_adds_noise_at_its_ratio():
     recipe = Augmentation(**{**NEVER, "noise": 1.0}, snr_db=(10.0, 10.0))
     noise = augment(speech_like(), RATE_HZ, generator(), recipe) - speech_like()
     assert db(rms(speech_like()) / rms(noise)) == pytest.approx(10, abs=0.01)
+
+
+def test_augment_adds_a_tone_at_its_ratio():
+    recipe = Augmentation(**{**NEVER, "tone": 1.0}, snr_db=(20.0, 20.0), tone_hz=(1000, 1000))
+    tone = augment(speech_like(), RATE_HZ, generator(), recipe) - speech_like()
+    assert db(rms(speech_like()) / rms(tone)) == pytest.approx(20, abs=0.01)
+    assert peak_hz(tone) == pytest.approx(1000, abs=1)
+
+
+@pytest.mark.parametrize("slope_db", [-3.0, 3.0])
+def test_a_tilt_is_so_many_db_an_octave_at_the_level_of_before(slope_db):
+    samples = generator().normal(0, 0.1, 3 * RATE_HZ).astype(np.float32)
+    tilted = tilt(samples, RATE_HZ, db=slope_db)
+    assert rms(tilted) == pytest.approx(rms(samples), rel=1e-4)
+    gains_db = db(np.abs(np.fft.rfft(tilted) / np.fft.rfft(samples)))
+    at_hz = dict(zip((100, 400, 2000, 4000), gains_db[[300, 1200, 6000, 12000]], strict=True))
+    assert at_hz[4000] - at_hz[2000] == pytest.approx(slope_db, abs=0.01)
+    assert at_hz[400] - at_hz[100] == pytest.approx(2 * slope_db, abs=0.01)
+
+
+def test_so_many_peaks_are_cut_at_full_scale():
+    samples = np.linspace(-0.1, 0.1, 10001, dtype=np.float32)
+    cut = clip_peaks(samples, beyond=0.01)
+    assert np.mean(np.abs(cut) == 1) == pytest.approx(0.01, abs=1e-3)
+    within = np.abs(cut) < 1
+    np.testing.assert_allclose(cut[within], samples[within] / np.float32(0.099), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: add_tone(s, RATE_HZ, hz=99, snr_db=0), lambda s: tilt(s, RATE_HZ, db=3)],
+)
+def test_silence_gets_neither_a_tone_nor_a_tilt(change):
+    assert not change(np.zeros(8000, np.float32)).any()
 
 
 def test_augment_crops_a_part_of_the_clip():

@@ -7,7 +7,9 @@ from edge_ser.adaptation import Adaptation
 from export import adapt
 from export.adapt import fit_adaptation, measure
 from export.crossfit import deal, make_adaptation
+from export.model import new_classifier
 from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
+from export.ridge import add_ridge
 from export.run import features_of
 from export.speech import Speech
 from export.targets import Targets
@@ -70,10 +72,11 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
     assert rows != measure(logits, [shipped] * len(clips), clips, labels, mask, 3)
 
 
-def test_the_members_of_a_head_are_single_heads_of_other_seeds(corpora, tmp_path):
+def trainable(corpora, tmp_path, nonspeech=0):
+    """Return settings of a head for so many members, the views, and the clips of train."""
     make_whisper(tmp_path / "weights" / "small", seconds=2)
 
-    def heard(members):
+    def heard(members=1):
         return Speech(
             Recipe(
                 "r",
@@ -81,16 +84,38 @@ def test_the_members_of_a_head_are_single_heads_of_other_seeds(corpora, tmp_path
                 Windows(1.0, 0.5),
                 EncoderChoice("whisper", 2, "small", states=3),
                 HeadChoice(8, upper=2, members=members),
-                train=Train(1, views=0, ridge=10.0),
+                train=Train(1, views=1, ridge=10.0, nonspeech=nonspeech),
             ),
             corpora,
         )
 
-    _, make = features_of(heard(1), tmp_path / "weights")
+    _, make = features_of(heard(), tmp_path / "weights")
     (tmp_path / "features").mkdir()
     make(tmp_path / "features")
-    views = load_views(tmp_path / "features")
-    chosen = heard(1).where(heard(1).split.train)
+    return heard, load_views(tmp_path / "features"), heard().where(heard().split.train)
+
+
+def test_ridge_regression_hears_the_sounds_and_the_clips_of_training_alone(corpora, tmp_path):
+    heard, views, chosen = trainable(corpora, tmp_path, nonspeech=6)
+    settings = heard()
+    found = fit_head(settings, tmp_path / "weights", views, chosen, 0, tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    targets, sounds = Targets.of(settings, 6), settings.sounds(6)
+
+    def with_ridge(among):
+        head = new_classifier(settings.recipe, tmp_path / "weights").head
+        head.load_state_dict(state["head"] | state["average"], strict=False)
+        ridge = {"alpha": 10.0, "balance": settings.recipe.train.balance}
+        add_ridge(head.eval(), views, settings.clips, targets, among, **ridge)
+        return head.probe.weight
+
+    expected = with_ridge([*chosen, *sounds])
+    torch.testing.assert_close(found.probe.weight, expected, rtol=0, atol=0)
+    assert (with_ridge(chosen) - expected).abs().max() > 1e-3
+
+
+def test_the_members_of_a_head_are_single_heads_of_other_seeds(corpora, tmp_path):
+    heard, views, chosen = trainable(corpora, tmp_path)
 
     def fit(members, seed):
         folder = tmp_path / f"{members}-{seed}"
