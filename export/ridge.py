@@ -8,9 +8,9 @@ The lowest states help it, and hurt where gradients see them as well, for then b
 pooled UA of speakers that were not heard (recipe ``default``, four folds, seed 0) is .723 with
 three states for both, .713 with five for both, .733 with five for ridge alone.
 
-Of clips as recorded alone it learns what noise and microphones take away: with it, noise 20 dB
-below the speech changed 18 % of the answers, where augmented views are heard as well 10 %, at the
-same accuracy on clean speech.
+Augmented views are for the probe what they are for the convolutions. Where it was fitted to clips
+as recorded alone, the telephone band changed 21 % of the answers to validation speakers and faint
+noise 25 %; with augmented views 14 and 17 %, at the same accuracy (fold 0, one head, seed 0).
 """
 
 from collections import Counter
