@@ -41,7 +41,7 @@ class Augmentation:
         tilt: Probability of a tilted spectrum, as of another microphone.
         tilt_db: Its slope in dB an octave; positive is brighter.
         tone: Probability of a steady tone, at the ratio that noise has.
-        tone_hz: Its frequency in Hz, drawn evenly on a logarithmic scale; above 0.
+        tone_hz: Its frequency in Hz, 1 to 8000, drawn evenly on a logarithmic scale.
         noise: Probability of noise.
         snr_db: Signal-to-noise ratio in dB.
         noise_exponent: Slope of the noise: power falls with frequency to this power; 0 is white,
@@ -86,7 +86,7 @@ class Augmentation:
             "semitones": (-12.0, 12.0),
             "keep": (1e-3, 1.0),
             "rt60_s": (1e-3, 5.0),
-            "tone_hz": (1.0, 1e5),
+            "tone_hz": (1.0, 8000.0),
             "noise_exponent": (0.0, 2.0),
             "clipped": (0.0, 0.5),
         }
