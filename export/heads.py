@@ -4,7 +4,8 @@ Beside the convolutions runs a linear probe of the statistics of the states: wha
 need not be learned by convolutions. On two of five folds of the training speakers (recipe
 ``default``, seed 0) it raised pooled UA from .709 to .726. Where it sees each state by itself,
 pooled UA of speakers that were not heard rises from .700 to .711 (four folds, three seeds), and
-with ridge regression of more states than gradients see, further: see `export.ridge`.
+with ridge regression of more states than gradients see, further: see `export.ridge`. Convolutions
+and probe see the states layer-normalised: that makes the learned weights mean what they say.
 """
 
 from collections.abc import Sequence
@@ -69,19 +70,73 @@ def statistics(frames: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
 
 
-class CnnHead(nn.Module):
+def normalised(states: Tensor) -> Tensor:
+    """Layer-normalise hidden states ``(N, S, F, D)``, which differ by orders of magnitude."""
+    return functional.layer_norm(states, states.shape[-1:])
+
+
+def probed(states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return what the probe sees of normalised states ``(N, S, F, D)``: ``(N, S * 2 * D)``."""
+    seen = [statistics(state, mask) for state in states.unbind(dim=1)]
+    return torch.cat([functional.layer_norm(one, one.shape[-1:]) for one in seen], dim=1)
+
+
+class Convolutions(nn.Module):
     """Learned weighting of hidden states, 1x1 projection, dilated blocks, attentive pooling.
+
+    Args:
+        states: How many hidden states it weighs.
+        dim: Width ``D`` of a hidden state.
+        classes: Number ``C`` of labels.
+        width: Channels after the projection; the embedding is twice as wide.
+        dropout: Share of channels and of embedding values dropped in training.
+    """
+
+    def __init__(self, states: int, dim: int, classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(states))
+        self.drop_channels = nn.Dropout1d(dropout)
+        self.drop_values = nn.Dropout(dropout)
+        self.project = nn.Conv1d(dim, width, 1)
+        self.blocks = nn.ModuleList(DilatedBlock(width, d, dropout) for d in (1, 2))
+        self.pool = AttentivePooling(width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.classify = nn.Linear(2 * width, classes)
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised states ``(N, S, F, D)`` to logits and embedding, as of `CnnHead`."""
+        embedding = self.norm(self.pool(self.frames(states, mask), mask))
+        return self.classify(self.drop_values(embedding)), embedding
+
+    def frames(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the frames that are pooled, ``(N, width, F)``, of normalised states."""
+        shares = self.weights.softmax(dim=0).unbind()
+        upper = states.unbind(dim=1)[-len(shares) :]
+        mixed = sum(share * state for share, state in zip(shares, upper, strict=True))
+        frames = functional.gelu(self.project(self.drop_channels(mixed.transpose(1, 2))))
+        for block in self.blocks:
+            frames = block(frames, mask)
+        return frames
+
+
+class CnnHead(nn.Module):
+    """Convolutions, and beside them a linear probe of the statistics of the states.
+
+    Several members are convolutions that were trained apart, each by its own chance, and answer
+    together. Three of them (recipe ``default``, four folds) had a pooled UA of .736 on speakers
+    that were not heard, where each by itself had .733, .721 and .720, when ridge regression heard
+    the clips as recorded alone.
 
     Args:
         states: Number ``S`` of hidden states; the last is the uppermost.
         dim: Width ``D`` of a hidden state.
         classes: Number ``C`` of labels.
-        width: Channels after the projection; the embedding is twice as wide.
-        dropout: Share of channels and of embedding values dropped in training.
+        width: See `Convolutions`, as for ``dropout``.
+        dropout: In training.
         probe_dropout: Share of what the probe sees that is dropped in training.
-        each_state: Whether the probe sees each state by itself, or the weighted one.
-        upper: How many of the uppermost states gradients see: the convolutions weigh these, and
-            training by gradients leaves what the probe sees of lower ones at weight 0.
+        upper: How many of the uppermost states gradients see; training leaves what the probe sees
+            of lower ones at weight 0.
+        members: How many convolutions.
     """
 
     def __init__(
@@ -92,86 +147,49 @@ class CnnHead(nn.Module):
         width: int = 256,
         dropout: float = 0.2,
         probe_dropout: float = 0.2,
-        each_state: bool = True,
         upper: int = 3,
+        members: int = 1,
     ) -> None:
         super().__init__()
-        self.each_state = each_state
-        self.embedding_dim = 2 * width
         self.upper = min(upper, states)
-        self.weights = nn.Parameter(torch.zeros(self.upper))
-        self.drop_channels = nn.Dropout1d(dropout)
-        self.drop_values = nn.Dropout(dropout)
+        self.embedding_dim = members * 2 * width
+        self.members = nn.ModuleList(
+            Convolutions(self.upper, dim, classes, width, dropout) for _ in range(members)
+        )
         self.drop_probed = nn.Dropout(probe_dropout)
-        self.project = nn.Conv1d(dim, width, 1)
-        self.blocks = nn.ModuleList(DilatedBlock(width, d, dropout) for d in (1, 2))
-        self.pool = AttentivePooling(width)
-        self.norm = nn.LayerNorm(2 * width)
-        self.classify = nn.Linear(2 * width, classes)
-        self.probe_norm = nn.LayerNorm(2 * dim)
-        self.probe = nn.Linear((states if each_state else 1) * 2 * dim, classes)
-        lower = (states - self.upper) * 2 * dim if each_state else 0
-        self.register_buffer("trained", torch.arange(self.probe.in_features) >= lower, False)
-        nn.init.zeros_(self.probe.weight[:, :lower])
+        self.probe = nn.Linear(states * 2 * dim, classes)
+        nn.init.zeros_(self.probe.weight[:, : (states - self.upper) * 2 * dim])
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states to logits and embedding.
 
         Args:
-            states: Float32 ``(N, S, F, D)``.
+            states: Float32 ``(N, S, F, D)``; in training the uppermost are enough.
             mask: Bool ``(N, 1, F)``, true on real frames; none when nothing is padded.
 
         Returns:
-            Logits ``(N, C)`` and embedding ``(N, 2 * width)``.
+            Logits ``(N, C)``, and the embeddings of the members one behind the other,
+            ``(N, members * 2 * width)``.
         """
-        # Hidden states differ by orders of magnitude from layer to layer; normalising each makes
-        # the learned weights mean what they say.
-        states = functional.layer_norm(states, states.shape[-1:])
-        embedding = self.norm(self.pool(self.convolve(self.mix(states), mask), mask))
-        probed = self.probed(states, mask)
+        weight = self.probe.weight
         if self.training:
-            probed = self.drop_probed(probed) * self.trained
-        return self.classify(self.drop_values(embedding)) + self.probe(probed), embedding
-
-    def probed(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return what the probe sees of normalised states ``(N, S, F, D)``, ``2 * D`` of each."""
-        seen = states.unbind(dim=1) if self.each_state else [self.mix(states)]
-        return torch.cat([self.probe_norm(statistics(state, mask)) for state in seen], dim=1)
-
-    def mix(self, states: Tensor) -> Tensor:
-        """Weigh the uppermost of normalised hidden states ``(N, S, F, D)``: ``(N, F, D)``."""
-        shares, upper = self.weights.softmax(dim=0).unbind(), states.unbind(dim=1)[-self.upper :]
-        return sum(share * state for share, state in zip(shares, upper, strict=True))
-
-    def convolve(self, mixed: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Frames ``(N, F, D)`` to those that are pooled, ``(N, width, F)``."""
-        frames = functional.gelu(self.project(self.drop_channels(mixed.transpose(1, 2))))
-        for block in self.blocks:
-            frames = block(frames, mask)
-        return frames
-
-    def frames(self, states: Tensor) -> Tensor:
-        """Return the frames that are pooled, ``(N, width, F)``, of states ``(N, S, F, D)``."""
-        return self.convolve(self.mix(functional.layer_norm(states, states.shape[-1:])))
-
-
-class HeadEnsemble(nn.Module):
-    """Heads that were trained apart, each by its own chance, and answer together.
-
-    Three of them (recipe ``default``, four folds) had a pooled UA of .736 on speakers that were not
-    heard, where each by itself had .733, .721 and .720, when ridge regression heard the clips as
-    recorded alone; with its augmented views three have .727, one by itself is not measured.
-
-    Args:
-        members: Alike in form.
-    """
-
-    def __init__(self, members: Sequence[CnnHead]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.embedding_dim = sum(member.embedding_dim for member in members)
-
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of `CnnHead`: the mean of the logits, and the embeddings one behind the other."""
+            states = states[:, -self.upper :]
+            weight = weight[:, -self.upper * 2 * states.shape[-1] :]
+        states = normalised(states)
         logits, embeddings = zip(*(member(states, mask) for member in self.members), strict=True)
-        return sum(logits) / len(logits), torch.cat(embeddings, dim=1)
+        by_probe = functional.linear(
+            self.drop_probed(probed(states, mask)), weight, self.probe.bias
+        )
+        return sum(logits) / len(logits) + by_probe, torch.cat(embeddings, dim=1)
+
+    @torch.no_grad()
+    def join(self, heads: Sequence["CnnHead"]) -> None:
+        """Become the mean of heads of one member each, as many as this one has.
+
+        Probes are linear in the same statistics: their mean is one probe.
+        """
+        for member, head in zip(self.members, heads, strict=True):
+            member.load_state_dict(head.members[0].state_dict())
+        for name in ("weight", "bias"):
+            each = torch.stack([getattr(head.probe, name) for head in heads])
+            getattr(self.probe, name).copy_(each.mean(dim=0))

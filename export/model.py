@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from export.encoders import load_encoder
 from export.encoders.whisper import upper_states
-from export.heads import CnnHead, HeadEnsemble
+from export.heads import CnnHead
 from export.recipe import Recipe
 from export.tune import TunedHead
 
@@ -19,7 +19,7 @@ from export.tune import TunedHead
 class Classifier(nn.Module):
     """What is exported, and what a student learns from."""
 
-    def __init__(self, encoder: nn.Module, head: CnnHead | HeadEnsemble) -> None:
+    def __init__(self, encoder: nn.Module, head: CnnHead) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -41,18 +41,11 @@ class Classifier(nn.Module):
         return self
 
 
-def new_head(recipe: Recipe, states: int, dim: int) -> CnnHead | HeadEnsemble:
-    """Return the untrained head of a recipe for hidden states ``(N, states, F, dim)``."""
-    settings = asdict(recipe.head)
-    count = settings.pop("members")
-    members = [CnnHead(states, dim, len(recipe.data.labels), **settings) for _ in range(count)]
-    return HeadEnsemble(members) if count > 1 else members[0]
-
-
 def new_classifier(recipe: Recipe, weights: Path | None) -> Classifier:
     """Return the network of a recipe: the encoder pretrained where it is, the head untrained."""
     encoder = load_encoder(recipe.encoder, weights, recipe.windows.window_s)
-    return Classifier(encoder, new_head(recipe, encoder.states, encoder.dim))
+    labels = len(recipe.data.labels)
+    return Classifier(encoder, CnnHead(encoder.states, encoder.dim, labels, **asdict(recipe.head)))
 
 
 def trained_part(recipe: Recipe, model: Classifier) -> nn.Module:

@@ -103,7 +103,6 @@ class HeadChoice:
         width: See `export.heads.CnnHead`, as for the others.
         dropout: In training.
         probe_dropout: The same of what the probe sees.
-        each_state: Whether the probe sees each hidden state by itself.
         upper: How many of the uppermost states training by gradients sees; ridge sees all.
         members: How many heads are trained apart and answer together; above 1 only with [train] and
             a frozen encoder.
@@ -112,7 +111,6 @@ class HeadChoice:
     width: int = 256
     dropout: float = 0.2
     probe_dropout: float = 0.2
-    each_state: bool = True
     upper: int = 3
     members: int = 1
 

@@ -22,10 +22,9 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional
 
 from export.corpora import Clip
-from export.heads import CnnHead
+from export.heads import CnnHead, normalised, probed
 from export.splits import folds, speakers
 from export.targets import Targets, masked_cross_entropy, smoothed
 from export.views import View
@@ -94,7 +93,7 @@ def add_ridge(
     among = set(chosen)
     heard = [view for view in views if view.clip in among]
     rows = torch.tensor([view.clip for view in heard])
-    inputs = torch.cat([_inputs(head, view) for view in heard])
+    inputs = torch.cat([_inputs(view) for view in heard])
     copies = Counter(view.clip for view in heard if view.number)
     shares = [1 / copies[view.clip] if view.number else 1.0 for view in heard]
     weights = targets.weights(chosen, balance)[rows] * torch.tensor(shares)
@@ -123,7 +122,6 @@ def add_ridge(
     return factor
 
 
-def _inputs(head: CnnHead, view: View) -> Tensor:
-    """Return what the probe of a head sees of a view, float32 ``(1, S * 2 D)``."""
-    states = torch.from_numpy(view.arrays["states"]).float()[None]
-    return head.probed(functional.layer_norm(states, states.shape[-1:]))
+def _inputs(view: View) -> Tensor:
+    """Return what a probe sees of a view, float32 ``(1, S * 2 D)``."""
+    return probed(normalised(torch.from_numpy(view.arrays["states"]).float()[None]))

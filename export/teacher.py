@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from export.encoders import encode_states, load_encoder
+from export.heads import normalised
 from export.model import lift, load_classifier
 from export.recipe import EncoderChoice, Recipe
 from export.targets import mean_answer
@@ -55,15 +55,13 @@ def load_teacher(
         cached = torch.from_numpy(below(samples)["states"])[None].float()
         for name, (first, *others) in teachers.items():
             states = lift(recipe, first)(cached)
-            logits, embedding = first.head(states)
-            answers = [logits, *(o.head(lift(recipe, o)(cached))[0] for o in others)]
-            member = getattr(first.head, "members", [first.head])[0]
-            embedding, frames = embedding[:, : member.embedding_dim], member.frames(states)
+            answers = [first.head(states)[0], *(o.head(lift(recipe, o)(cached))[0] for o in others)]
+            normed, member = normalised(states), first.head.members[0]
+            embedding, frames = member(normed)[1], member.frames(normed)
             arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
             arrays[f"{name}_logits"] = mean_answer(answers)[0].numpy()
             arrays[f"{name}_embedding"] = embedding[0].numpy()
             if layers:
-                normed = functional.layer_norm(states, states.shape[-1:])
                 arrays[f"{name}_layers"] = normed[0].numpy().astype(np.float16)  # (S, F, D)
         return arrays
 

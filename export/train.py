@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.heads import CnnHead, HeadEnsemble
+from export.heads import CnnHead
 from export.model import new_classifier, trained_part
 from export.recipe import Train
 from export.ridge import add_ridge
@@ -78,7 +78,7 @@ def bucketed(
 
 
 def train_head(
-    head: nn.Module,
+    head: CnnHead | TunedHead,
     views: Sequence[View],
     targets: Targets,
     chosen: Sequence[int],
@@ -90,7 +90,7 @@ def train_head(
     """Train a head, or a `TunedHead`, in place.
 
     Args:
-        head: Untrained; holds the averaged weights afterwards.
+        head: Untrained; holds the averaged weights afterwards. It sees its ``upper`` states.
         views: Of all clips, with ``states`` (S, F, D) float16.
         targets: Of all clips.
         chosen: The clips to train on, as positions in ``targets``.
@@ -121,7 +121,10 @@ def train_head(
     for epoch in tqdm(range(first, settings.epochs), initial=first, total=settings.epochs):
         rng = np.random.default_rng([seed, epoch])
         torch.manual_seed(int(rng.integers(2**31)))
-        picked = [_pick(rng, clean[c], augmented.get(c), settings.clean, shortest) for c in chosen]
+        picked = [
+            _pick(rng, clean[c], augmented.get(c), settings.clean, shortest)[-head.upper :]
+            for c in chosen
+        ]
         lengths = np.array([states.shape[1] for states in picked])
         batches = list(bucketed(rng, lengths, settings.batch))
         for step, batch in enumerate(batches):
@@ -230,51 +233,40 @@ def fit_head(
         views: Of all clips.
         chosen: The clips to train on.
         seed: Of the training. Member m of M has the chance of the single head of seed M * seed + m.
-        folder: Takes ``model.safetensors``, and a checkpoint an epoch, or a folder a member.
+        folder: Takes ``model.safetensors``, and a checkpoint an epoch and member.
 
     Returns:
         `export.model.trained_part` of the network, in evaluation mode.
     """
-    count = speech.recipe.head.members
-    if count == 1:
-        return _fit_one(speech, weights, views, chosen, seed, folder)
-    members = []
-    for m in range(count):
-        place = folder / f"member{m}"
-        members.append(_fit_one(speech, weights, views, chosen, count * seed + m, place))
-    head = HeadEnsemble(members)
-    save_file(head.state_dict(), folder / "model.safetensors")
-    return head
-
-
-def _fit_one(
-    speech: Speech,
-    weights: Path | None,
-    views: Sequence[View],
-    chosen: Sequence[int],
-    seed: int,
-    folder: Path,
-) -> nn.Module:
-    """Train one head, or the tuned layers and a head; as `fit_head`."""
-    settings = speech.recipe.train
+    recipe = speech.recipe
+    settings, count = recipe.train, recipe.head.members
     assert settings  # only recipes with [train] have this stage
-    folder.mkdir(parents=True, exist_ok=True)
-    single = replace(speech.recipe, head=replace(speech.recipe.head, members=1))
-    torch.manual_seed(seed)
-    head = trained_part(single, new_classifier(single, weights))
+    network = trained_part(recipe, new_classifier(recipe, weights)).eval()
     finished = folder / "model.safetensors"
     if finished.exists():
-        head.load_state_dict(load_file(finished))
-        return head.eval()
+        network.load_state_dict(load_file(finished))
+        return network
     targets = Targets.of(speech, settings.nonspeech)
     every = [*chosen, *speech.sounds(settings.nonspeech)]
-    train_head(head, views, targets, every, settings, seed=seed, folder=folder)
+    single = replace(recipe, head=replace(recipe.head, members=1))
+    members = []
+    for m in range(count):
+        own = folder / f"member{m}"
+        own.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(count * seed + m)
+        member = trained_part(single, new_classifier(single, weights))
+        train_head(member, views, targets, every, settings, seed=count * seed + m, folder=own)
+        members.append(member)
+    if isinstance(network, CnnHead):
+        network.join(members)
+    else:  # tuned layers
+        (network,) = members
     if settings.ridge:
-        assert isinstance(head, CnnHead)  # a recipe with both is refused
+        assert isinstance(network, CnnHead)  # a recipe with both is refused
         factor = add_ridge(
-            head, views, speech.clips, targets, every,
+            network, views, speech.clips, targets, every,
             alpha=settings.ridge, balance=settings.balance,
         )  # fmt: skip
         tqdm.write(f"ridge: added to the probe, times {factor:.1f}")
-    save_file(head.state_dict(), finished)
-    return head
+    save_file(network.state_dict(), finished)
+    return network

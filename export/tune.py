@@ -19,6 +19,7 @@ class TunedHead(nn.Module):
     """
 
     frame_rate_hz = 50
+    upper = 1  # it sees a single state, that below the layers
 
     def __init__(self, layers: nn.ModuleList, states: int, head: CnnHead) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ def test_ridge_regression_hears_the_sounds_and_the_clips_of_training_alone(corpo
     heard, views, chosen = trainable(corpora, tmp_path, nonspeech=6)
     settings = heard()
     found = fit_head(settings, tmp_path / "weights", views, chosen, 0, tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = torch.load(tmp_path / "member0" / "checkpoint.pt", weights_only=True)
     targets, sounds = Targets.of(settings, 6), settings.sounds(6)
 
     def with_ridge(among):
@@ -129,7 +129,7 @@ def test_the_members_of_a_head_are_single_heads_of_other_seeds(corpora, tmp_path
     torch.testing.assert_close(found, (expected[0] + expected[1]) / 2)
 
     # What is finished is not trained again, nor is the ridge added twice.
-    kept = folder / "member1" / "model.safetensors"
+    kept = folder / "member1" / "checkpoint.pt"
     before = kept.stat().st_mtime_ns
     again, _ = fit(2, 3)
     assert kept.stat().st_mtime_ns == before

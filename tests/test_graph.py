@@ -32,7 +32,7 @@ def exported(request, tmp_path_factory):
     torch.manual_seed(0)
     encoder = request.param(folder)
     head = CnnHead(encoder.states, encoder.dim, 3, width=8)
-    torch.nn.init.normal_(head.weights)
+    torch.nn.init.normal_(head.members[0].weights)
     model = Classifier(encoder, head).eval()
     export_graph(model, PROPERTIES, 16000, folder / "model.onnx")
     return model, folder / "model.onnx"
@@ -88,10 +88,12 @@ def test_opset_properties_and_layer_normalization(exported):
     assert props == PROPERTIES
     norms = sum(isinstance(part, torch.nn.LayerNorm) for part in model.modules())
     nodes = [node.op_type for node in proto.graph.node]
-    # The head normalises every hidden state by a function, which may be one node for all.
-    assert norms < nodes.count("LayerNormalization") <= norms + model.encoder.states
+    # The head normalises hidden states by a function, which may be one node for all, and what the
+    # probe sees of each.
+    seen = model.encoder.states
+    assert norms + seen < nodes.count("LayerNormalization") <= norms + 2 * seen
     # Two means of each state are what the probe sees; two of each norm would be too many.
-    assert nodes.count("ReduceMean") - 2 * model.encoder.states < norms
+    assert nodes.count("ReduceMean") - 2 * seen < norms
     assert not {"STFT", "DFT"} & set(nodes)
 
 
@@ -104,13 +106,13 @@ def test_parity_is_measured_at_three_levels(exported):
 
 def test_another_network_is_refused(exported):
     model, file = exported
-    before = model.head.classify.bias.data.clone()
+    before = model.head.probe.bias.data.clone()
     try:
-        model.head.classify.bias.data[1] += 0.25
+        model.head.probe.bias.data[1] += 0.25
         with pytest.raises(CertificateError) as fault:
             check_parity(model, file, [voice(800.0, 110.0, 0.5, 0)])
     finally:
-        model.head.classify.bias.data = before
+        model.head.probe.bias.data = before
     assert str(fault.value) == (
         "model.onnx differs from torch by 2.5e-01 in a logit; allowed is below 0.0001"
     )

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 
-from export.heads import AttentivePooling, CnnHead, DilatedBlock, HeadEnsemble, statistics
+from export.heads import AttentivePooling, CnnHead, DilatedBlock, probed, statistics
 
 LONGEST = 24
 
@@ -10,7 +11,7 @@ LONGEST = 24
 def head(**settings):
     torch.manual_seed(0)
     made = CnnHead(3, 16, 4, width=8, **settings).eval()
-    torch.nn.init.normal_(made.weights)
+    torch.nn.init.normal_(made.members[0].weights)
     return made
 
 
@@ -71,23 +72,17 @@ def test_the_logits_are_those_of_convolutions_and_probe_together():
         both, embedding = network(states)
         network.probe.weight.zero_()
         network.probe.bias.zero_()
-        torch.testing.assert_close(network(states)[0], network.classify(embedding))
+        torch.testing.assert_close(network(states)[0], network.members[0].classify(embedding))
         assert (both - network(states)[0]).abs().max() > 1e-3
 
 
 def test_the_probe_sees_each_state_by_itself():
     torch.manual_seed(0)
-    network = CnnHead(3, 16, 4, width=8).eval()
     states = torch.randn(2, 3, 10, 16)
     real = torch.ones(2, 1, 10, dtype=torch.bool)
     real[1, 0, 6:] = False
-    with torch.no_grad():
-        found = network.probed(states, real)
-        each = [network.probe_norm(statistics(states[:, number], real)) for number in range(3)]
-    torch.testing.assert_close(found, torch.cat(each, dim=1))
-    with torch.no_grad():
-        mixed = CnnHead(3, 16, 4, width=8, each_state=False).probed(states)
-    assert mixed.shape == (2, 32)
+    each = [layer_norm(statistics(states[:, number], real), (32,)) for number in range(3)]
+    torch.testing.assert_close(probed(states, real), torch.cat(each, dim=1))
 
 
 def test_what_the_probe_sees_is_dropped_by_itself():
@@ -96,7 +91,8 @@ def test_what_the_probe_sees_is_dropped_by_itself():
     states = torch.randn(2, 3, 10, 16)
     with torch.no_grad():
         logits, embedding = network(states)
-        torch.testing.assert_close(logits, network.classify(embedding) + network.probe.bias)
+        by_convolutions = network.members[0].classify(embedding)
+        torch.testing.assert_close(logits, by_convolutions + network.probe.bias)
 
 
 def test_gradients_see_the_uppermost_states_alone():
@@ -106,6 +102,11 @@ def test_gradients_see_the_uppermost_states_alone():
     for _ in range(3):
         network(torch.randn(2, 4, 10, 16))[0].square().sum().backward()
         optimizer.step()
+    seen = torch.randn(2, 4, 10, 16)
+    torch.manual_seed(1)
+    whole = network(seen)
+    torch.manual_seed(1)
+    torch.testing.assert_close(network(seen[:, 2:]), whole)
     lower, upper = network.probe.weight.split(2 * 2 * 16, dim=1)
     assert not lower.any()
     assert upper.all()
@@ -114,7 +115,7 @@ def test_gradients_see_the_uppermost_states_alone():
     changed = torch.cat([torch.randn(2, 2, 10, 16), states[:, 2:]], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(network(changed), network(states))
-        lower.fill_(0.1)  # as ridge regression does
+        lower.normal_()  # as ridge regression does
         assert (network(changed)[0] - network(states)[0]).abs().max() > 1e-2
 
 
@@ -142,13 +143,14 @@ def test_a_block_hears_its_neighbours_at_the_dilation_only():
 
 
 def test_states_are_weighted_and_their_scale_is_not():
-    network = head(each_state=False)
+    network = head()
     states = torch.randn(1, 3, 10, 16)
     with torch.no_grad():
         expected = network(states)[0]
         scales = torch.tensor([1.0, 50.0, 1000.0])[:, None, None]
         torch.testing.assert_close(network(states * scales)[0], expected, atol=1e-4, rtol=1e-4)
-        network.weights[:] = torch.tensor([0.0, 60.0, 0.0])
+        network.members[0].weights[:] = torch.tensor([0.0, 60.0, 0.0])
+        network.probe.weight.zero_()
         chosen = network(states)[0]
         states[:, [0, 2]] = torch.randn(1, 2, 10, 16)
         torch.testing.assert_close(network(states)[0], chosen)
@@ -161,9 +163,9 @@ def test_the_shapes_are_as_promised():
     assert head().embedding_dim == 16
 
 
-@pytest.mark.parametrize(("each_state", "seen"), [(False, 1), (True, 5)])
-def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
-    network = CnnHead(states=5, dim=512, classes=7, each_state=each_state)
+@pytest.mark.parametrize("members", [1, 3])
+def test_each_member_of_the_default_head_has_about_half_a_million_parameters(members):
+    network = CnnHead(states=5, dim=512, classes=7, members=members)
     parts = {
         "weights": 3,
         "project": 512 * 256 + 256,
@@ -171,24 +173,28 @@ def test_the_default_head_has_about_half_a_million_parameters(each_state, seen):
         "pool": 256 * 64 + 64 + 64 * 256 + 256,
         "norm": 2 * 512,
         "classify": 512 * 7 + 7,
-        "probe_norm": 2 * 2 * 512,
-        "probe": seen * 2 * 512 * 7 + 7,
     }
+    probe = 5 * 2 * 512 * 7 + 7
     total = sum(p.numel() for p in network.parameters())
-    assert total == sum(parts.values()) == {1: 573_009, 5: 601_681}[seen]
+    assert total == members * sum(parts.values()) + probe
+    assert sum(parts.values()) == 563_786
 
 
-def test_an_ensemble_answers_with_the_mean_of_its_members():
+def test_joined_heads_answer_with_the_mean_of_all():
     torch.manual_seed(0)
-    members = [CnnHead(3, 16, 4, width=8).eval() for _ in range(3)]
-    ensemble = HeadEnsemble(members)
-    states, real = torch.randn(2, 3, 10, 16), torch.ones(2, 1, 10, dtype=torch.bool)
+    heads = [CnnHead(4, 16, 5, width=8, upper=2).eval() for _ in range(3)]
+    for one in heads:
+        torch.nn.init.normal_(one.members[0].weights)
+        torch.nn.init.normal_(one.probe.weight)
+    joined = CnnHead(4, 16, 5, width=8, upper=2, members=3).eval()
+    joined.join(heads)
+    states, real = torch.randn(2, 4, 10, 16), torch.ones(2, 1, 10, dtype=torch.bool)
     real[1, 0, 6:] = False
     with torch.no_grad():
-        logits, embedding = ensemble(states, real)
-        each = [member(states, real) for member in members]
+        logits, embedding = joined(states, real)
+        each = [one(states, real) for one in heads]
     torch.testing.assert_close(logits, torch.stack([one for one, _ in each]).mean(dim=0))
-    assert embedding.shape == (2, ensemble.embedding_dim) == (2, 48)
+    assert embedding.shape == (2, joined.embedding_dim) == (2, 48)
     torch.testing.assert_close(embedding[:, 16:32], each[1][1])
 
 
@@ -196,7 +202,8 @@ def test_the_frames_are_those_that_are_pooled():
     network = head()
     states = torch.randn(2, 3, 10, 16)
     with torch.no_grad():
-        frames = network.frames(states)
-        pooled = network.norm(network.pool(frames))
+        convolutions = network.members[0]
+        frames = convolutions.frames(layer_norm(states, (16,)))
+        pooled = convolutions.norm(convolutions.pool(frames))
         torch.testing.assert_close(pooled, network(states)[1])
     assert frames.shape == (2, 8, 10)

@@ -210,7 +210,6 @@ def test_metadata_describes_the_recipe(tmp_path):
         "width": 256,
         "dropout": 0.2,
         "probe_dropout": 0.2,
-        "each_state": True,
         "upper": 3,
         "members": 1,
     }

@@ -134,7 +134,8 @@ def test_biases_stay_float(folder, name):
 def test_front_end_attention_and_last_layer_stay_float(folder):
     fp32, int8 = load(folder, "model.onnx"), load(folder, SIGNED)
     values = constants(fp32)
-    last = {"head.classify.bias", "head.probe.bias"}  # the two layers whose sum is the logits
+    # The two layers whose sum is the logits.
+    last = {"head.members.0.classify.bias", "head.probe.bias"}
     expected = {node.name for node in fp32.node if last & set(node.input)}
     for node in fp32.node:
         if node.op_type == "MatMul" and node.input[1] not in values:
