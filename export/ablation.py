@@ -17,7 +17,7 @@ from tqdm import tqdm
 from export import metrics
 from export.confidence import clip_probs, fit_temperature
 from export.corpora import Clip
-from export.crossfit import Logits, answer_folds, deal
+from export.crossfit import Logits, answer_folds
 from export.distill import fit_student
 from export.errors import RecipeError
 from export.metrics import Floats
@@ -101,7 +101,9 @@ def _score_heads(run: Run, features: Path, folder: Path) -> None:
         # One cache for all variants in a row that hear the same; the next makes its own there.
         run_stage(features, *features_of(speech, weights))
         clips = _asked(speech)
-        logits = answer_folds(speech, weights, features, clips, deal(speech), seed, partial_folder)
+        assert run.recipe.train  # only such variants are scored here
+        fold = speech.split.deal(run.recipe.train.folds)
+        logits = answer_folds(speech, weights, features, clips, fold, seed, partial_folder)
         _write(speech, clips, logits, partial_folder)
 
     reads = {"recipe": run.recipe, "seed": seed, "speech": speech.key}

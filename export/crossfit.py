@@ -23,27 +23,13 @@ from export.confidence import write_confidence
 from export.corpora import Clip
 from export.metrics import Floats, Ints
 from export.speech import Speech
-from export.splits import folds, pooled
+from export.splits import pooled
 from export.targets import Targets
 from export.train import fit_head, window_logits
 from export.views import View, load_views
 from export.workers import workers
 
 Logits = list[npt.NDArray[np.float32]]
-
-
-def deal(speech: Speech) -> Ints:
-    """Return the fold of every clip of train, then of validation: 0 to ``train.folds - 1``.
-
-    Fold 0 holds the validation speakers, so that one head is trained on train alone; the other
-    speakers are dealt into the others.
-    """
-    settings = speech.recipe.train
-    assert settings  # only recipes with [train] have this stage
-    train, validation = speech.split.train, speech.split.validation
-    others = settings.folds - 1
-    dealt = folds(train, others, 0) + 1 if others > 1 else np.ones(len(train), np.int64)
-    return np.concatenate([dealt, np.zeros(len(validation), np.int64)])
 
 
 def fit_fold(
@@ -127,7 +113,9 @@ def make_heads(
         seed: Of the trainings.
         folder: Takes the files, and a folder a head.
     """
-    clips, fold = (*speech.split.train, *speech.split.validation), deal(speech)
+    assert speech.recipe.train  # only recipes with [train] have this stage
+    clips = (*speech.split.train, *speech.split.validation)
+    fold = speech.split.deal(speech.recipe.train.folds)
     logits = answer_folds(speech, weights, features, clips, fold, seed, folder, whole=True)
     shutil.copyfile(folder / "whole" / "model.safetensors", folder / "model.safetensors")
     temperature = write_confidence(speech, clips, logits, folder)

@@ -62,6 +62,16 @@ class Split:
                 f"calibration clips of {names}, allowed are clips of train and validation only"
             )
 
+    def deal(self, count: int) -> npt.NDArray[np.int64]:
+        """Return the fold of every clip of train, then of validation: 0 to ``count - 1``.
+
+        Fold 0 holds the validation speakers, so that a network that leaves it out is trained on
+        train alone; the other speakers are dealt into the others.
+        """
+        others = count - 1
+        train = folds(self.train, others, 0) + 1 if others > 1 else np.ones(len(self.train), int)
+        return np.concatenate([train, np.zeros(len(self.validation), np.int64)])
+
 
 def speakers(clips: Collection[Clip]) -> frozenset[str]:
     """Return the keys of the speakers of `clips`."""

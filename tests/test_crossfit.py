@@ -6,15 +6,16 @@ from safetensors.torch import load_file
 from edge_ser.adaptation import Adaptation
 from export import adapt
 from export.adapt import fit_adaptation, measure
-from export.crossfit import deal, make_adaptation
+from export.crossfit import make_adaptation
 from export.model import new_classifier
 from export.recipe import Data, EncoderChoice, HeadChoice, Recipe, Train, Windows
 from export.ridge import add_ridge
 from export.run import features_of
 from export.speech import Speech
 from export.targets import Targets
+from export.teacher import left_out
 from export.train import fit_head, window_logits
-from export.views import load_views
+from export.views import View, load_views
 from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora, make_whisper
 
 
@@ -39,7 +40,7 @@ def speech(corpora, folds=4):
 def test_every_speaker_is_left_out_once_and_the_validation_speakers_first(corpora, count):
     heard = speech(corpora, count)
     clips = (*heard.split.train, *heard.split.validation)
-    fold = deal(heard)
+    fold = heard.split.deal(count)
     assert set(fold.tolist()) == set(range(count))
     of_speaker = {}
     for clip, number in zip(clips, fold.tolist(), strict=True):
@@ -53,7 +54,7 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
 ):
     monkeypatch.setattr(adapt, "REPEATS", 1)
     heard = speech(corpora)
-    clips, fold = (*heard.split.train, *heard.split.validation), deal(heard)
+    clips, fold = (*heard.split.train, *heard.split.validation), heard.split.deal(4)
     logits = 0.1 * np.random.default_rng(0).normal(size=(len(clips), 3))
     rows = make_adaptation(heard, clips, logits, fold, tmp_path / "adaptation.json")
     targets, places = Targets.of(heard), heard.where(clips)
@@ -70,6 +71,15 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
     expected = measure(logits, [unheard[number] for number in fold], clips, labels, mask, 3)
     assert rows == expected
     assert rows != measure(logits, [shipped] * len(clips), clips, labels, mask, 3)
+
+
+def test_a_student_knows_who_was_left_out_of_which_network(corpora):
+    heard = speech(corpora)
+    answers = {f"{part}_logits": np.zeros(3) for part in ("whole", "fold0", "fold1", "fold2")}
+    fold = left_out(heard, [View(0, 0, {"features": np.zeros((2, 3)), **answers})])
+    clips = (*heard.split.train, *heard.split.validation)
+    assert fold == dict(zip(heard.where(clips), heard.split.deal(3).tolist(), strict=True))
+    assert set(fold).isdisjoint(heard.where(heard.split.test))
 
 
 def trainable(corpora, tmp_path, nonspeech=0):
