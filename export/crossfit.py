@@ -8,7 +8,6 @@ threshold below which an answer is called uncertain, and the adaptation to a spe
 import json
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,25 @@ from export.metrics import Floats, Ints
 from export.speech import Speech
 from export.splits import pooled
 from export.targets import Targets
-from export.train import fit_head, window_logits
+from export.train import HEAD, fit_head, fit_member, window_logits
 from export.views import View, load_views
 from export.workers import workers
 
 Logits = list[npt.NDArray[np.float32]]
+
+
+def train_member(
+    speech: Speech,
+    weights: Path | None,
+    features: Path,
+    chosen: Sequence[int],
+    seed: int,
+    folder: Path,
+    number: int,
+) -> None:
+    """Train one member of a head on some clips, which leaves it in the folder for `fit_fold`."""
+    if not (folder / HEAD).exists():
+        fit_member(speech, weights, _views_of(features), chosen, seed, folder, number)
 
 
 def fit_fold(
@@ -41,7 +54,7 @@ def fit_fold(
     seed: int,
     folder: Path,
 ) -> Logits:
-    """Train on some clips and return the logits (W, C) of others; a process of its own runs it."""
+    """Finish a head of some clips and return the logits (W, C) of others."""
     views = _views_of(features)
     head = fit_head(speech, weights, views, chosen, seed, folder)
     return window_logits(head, views, asked)
@@ -81,17 +94,23 @@ def answer_folds(
     """
     places = np.array(speech.where(clips))
     numbers = np.unique(fold).tolist()
+    jobs = [(f"fold{n}", places[fold != n].tolist(), places[fold == n].tolist()) for n in numbers]
+    if whole:
+        jobs.append(("whole", places.tolist(), []))
+    heard = (speech, weights, features)
     with workers() as pool:
-
-        def start(name: str, chosen: Ints, asked: Ints) -> Future[Logits]:
-            return pool.submit(
-                fit_fold, speech, weights, features, chosen.tolist(), asked.tolist(), seed,
-                folder / name,
-            )  # fmt: skip
-
-        parts = [start(f"fold{n}", places[fold != n], places[fold == n]) for n in numbers]
-        if whole:
-            parts.append(start("whole", places, places[:0]))
+        # Members first, each a job of its own: else the last head keeps one core busy for long.
+        members = [
+            pool.submit(train_member, *heard, chosen, seed, folder / name, member)
+            for name, chosen, _ in jobs
+            for member in range(speech.recipe.head.members)
+        ]
+        for trained in members:
+            trained.result()
+        parts = [
+            pool.submit(fit_fold, *heard, chosen, asked, seed, folder / name)
+            for name, chosen, asked in jobs
+        ]
         answers = [logits for part in parts for logits in part.result()]
     order = np.concatenate([np.flatnonzero(fold == n) for n in numbers])
     return [answers[place] for place in np.argsort(order)]

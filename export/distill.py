@@ -21,7 +21,7 @@ from export.recipe import Distill
 from export.spectrogram import hide, warp
 from export.speech import Speech
 from export.targets import NOT_KNOWN, Targets, masked_cross_entropy, smoothed, soft_loss
-from export.teacher import left_out, taught_by
+from export.teacher import taught_by
 from export.train import (
     CHECKPOINT,
     WeightAverage,
@@ -270,8 +270,7 @@ def fit_student(
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     student = new_classifier(speech.recipe, weights)
-    views = load_views(targets)
-    views = taught_by(folder.name, views, left_out(speech, views) if settings.unheard else {})
+    views = taught_by(folder.name, load_views(targets))
     known = Targets.of(speech, settings.nonspeech)
     more = [*speech.where(speech.unlabelled), *speech.sounds(settings.nonspeech)]
     distill(student, views, known, [*chosen, *more], settings, seed=seed, folder=folder)

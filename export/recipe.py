@@ -171,9 +171,6 @@ class Distill:
     Attributes:
         teacher: The recipe of the teacher, beside this one; it must have been run.
         seeds: Seeds of the teacher whose answers are averaged.
-        unheard: Whether the softened answers to a clip are those of the teacher's network that has
-            not heard its speaker: as sure as it is of strangers. (The network that answers to a
-            speaker of train has heard those of validation; the first student has not.)
         cpu_minutes: Length of the training in minutes of processor time of its one thread.
         views: Augmented copies of each clip that the teacher answers once.
         batch: Clips a step.
@@ -204,7 +201,6 @@ class Distill:
     teacher: str
     cpu_minutes: float
     seeds: tuple[int, ...] = (0,)
-    unheard: bool = False
     views: int = 6
     batch: int = 32
     learning_rate: float = 1e-3

@@ -32,7 +32,7 @@ from export.quantize import make_int8
 from export.recipe import Recipe, read_recipe
 from export.speech import Speech
 from export.stage import discard, fingerprint, key_of, run_stage
-from export.teacher import load_teacher, parts
+from export.teacher import TEACHERS, load_teacher
 from export.views import Compute, make_sound_views, make_views
 
 Make = Callable[[Path], None]
@@ -134,7 +134,7 @@ class Run:
             settings = recipe.distill
             layers = settings.layers > 0
             load = partial(load_teacher, teacher, self.weights, trained, recipe.encoder, layers)
-            files = [f / part / "model.safetensors" for f in trained for part in parts(teacher)]
+            files = [f / part / "model.safetensors" for f in trained for part in TEACHERS.values()]
             reads = {
                 "teacher": fingerprint(files),
                 "pretrained": [
@@ -251,11 +251,6 @@ class Run:
         assert self.recipe.distill  # only such recipes have a teacher
         path = self.path.parent / self.recipe.distill.teacher
         recipe = read_recipe(path)
-        if self.recipe.distill.unheard and recipe.data != self.recipe.data:
-            raise RecipeError(
-                f"{self.path}: distill.unheard needs the [data] of {path}: who was left out there "
-                "must be known here; make them alike, or set unheard = false"
-            )
         folders = []
         for seed in self.recipe.distill.seeds:
             folders.append(self.out / recipe.name / f"seed{seed}" / "train")

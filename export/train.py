@@ -21,7 +21,7 @@ from export.targets import Targets, masked_cross_entropy, smoothed
 from export.tune import TunedHead, parameter_groups
 from export.views import View
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, HEAD = "checkpoint.pt", "model.safetensors"
 SHORTEST_S = 0.4  # what the runtime refuses to go below
 CLIP = 1.0  # largest norm of a gradient
 
@@ -136,7 +136,7 @@ def train_head(
             if settings.mixup:
                 share = float(rng.beta(settings.mixup, settings.mixup))
                 other = torch.from_numpy(rng.permutation(len(batch)))
-                states = share * states + (1 - share) * states[other]
+                states = torch.lerp(states[other], states, share)
                 target = share * target + (1 - share) * target[other]
                 real, mask = real | real[other], mask | mask[other]
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
@@ -217,6 +217,41 @@ def window_logits(
     return [np.concatenate(found[clip]) for clip in clips]
 
 
+def fit_member(
+    speech: Speech,
+    weights: Path | None,
+    views: Sequence[View],
+    chosen: Sequence[int],
+    seed: int,
+    folder: Path,
+    number: int,
+) -> CnnHead | TunedHead:
+    """Train one member of what a recipe trains; as `fit_head`, of which it is a part.
+
+    Args:
+        speech: Clips and settings.
+        weights: Folder of pretrained checkpoints.
+        views: Of all clips.
+        chosen: The clips to train on.
+        seed: Of the training: member m of M has the chance of the single head of seed M * seed + m.
+        folder: Takes a folder with the last epoch; where all are done, that is what is returned.
+        number: Of the member.
+    """
+    recipe = speech.recipe
+    settings, own = recipe.train, folder / f"member{number}"
+    assert settings  # only recipes with [train] have this stage
+    own.mkdir(parents=True, exist_ok=True)
+    seed = recipe.head.members * seed + number
+    single = replace(recipe, head=replace(recipe.head, members=1))
+    torch.manual_seed(seed)
+    member = trained_part(single, new_classifier(single, weights))
+    assert isinstance(member, CnnHead | TunedHead)  # as of all recipes with [train]
+    targets = Targets.of(speech, settings.nonspeech)
+    every = [*chosen, *speech.sounds(settings.nonspeech)]
+    train_head(member, views, targets, every, settings, seed=seed, folder=own)
+    return member
+
+
 def fit_head(
     speech: Speech,
     weights: Path | None,
@@ -232,37 +267,32 @@ def fit_head(
         weights: Folder of pretrained checkpoints.
         views: Of all clips.
         chosen: The clips to train on.
-        seed: Of the training. Member m of M has the chance of the single head of seed M * seed + m.
-        folder: Takes ``model.safetensors``, and a checkpoint an epoch and member.
+        seed: Of the training.
+        folder: Takes ``model.safetensors``, and a folder a member.
 
     Returns:
         `export.model.trained_part` of the network, in evaluation mode.
     """
     recipe = speech.recipe
-    settings, count = recipe.train, recipe.head.members
+    settings = recipe.train
     assert settings  # only recipes with [train] have this stage
     network = trained_part(recipe, new_classifier(recipe, weights)).eval()
-    finished = folder / "model.safetensors"
+    finished = folder / HEAD
     if finished.exists():
         network.load_state_dict(load_file(finished))
         return network
-    targets = Targets.of(speech, settings.nonspeech)
-    every = [*chosen, *speech.sounds(settings.nonspeech)]
-    single = replace(recipe, head=replace(recipe.head, members=1))
-    members = []
-    for m in range(count):
-        own = folder / f"member{m}"
-        own.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(count * seed + m)
-        member = trained_part(single, new_classifier(single, weights))
-        train_head(member, views, targets, every, settings, seed=count * seed + m, folder=own)
-        members.append(member)
+    members = [
+        fit_member(speech, weights, views, chosen, seed, folder, number)
+        for number in range(recipe.head.members)
+    ]
     if isinstance(network, CnnHead):
         network.join(members)
-    else:  # tuned layers
+    else:  # layers that are tuned have one head
         (network,) = members
     if settings.ridge:
         assert isinstance(network, CnnHead)  # a recipe with both is refused
+        targets = Targets.of(speech, settings.nonspeech)
+        every = [*chosen, *speech.sounds(settings.nonspeech)]
         factor = add_ridge(
             network, views, speech.clips, targets, every,
             alpha=settings.ridge, balance=settings.balance,

@@ -13,9 +13,8 @@ from export.ridge import add_ridge
 from export.run import features_of
 from export.speech import Speech
 from export.targets import Targets
-from export.teacher import left_out
 from export.train import fit_head, window_logits
-from export.views import View, load_views
+from export.views import load_views
 from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora, make_whisper
 
 
@@ -71,15 +70,6 @@ def test_an_adaptation_is_measured_on_speakers_that_it_has_not_heard(
     expected = measure(logits, [unheard[number] for number in fold], clips, labels, mask, 3)
     assert rows == expected
     assert rows != measure(logits, [shipped] * len(clips), clips, labels, mask, 3)
-
-
-def test_a_student_knows_who_was_left_out_of_which_network(corpora):
-    heard = speech(corpora)
-    answers = {f"{part}_logits": np.zeros(3) for part in ("whole", "fold0", "fold1", "fold2")}
-    fold = left_out(heard, [View(0, 0, {"features": np.zeros((2, 3)), **answers})])
-    clips = (*heard.split.train, *heard.split.validation)
-    assert fold == dict(zip(heard.where(clips), heard.split.deal(3).tolist(), strict=True))
-    assert set(fold).isdisjoint(heard.where(heard.split.test))
 
 
 def trainable(corpora, tmp_path, nonspeech=0):

@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from scipy.spatial.distance import cosine
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
@@ -67,10 +66,10 @@ def recipe(**parts):
 
 @pytest.mark.parametrize("tuned", [0, 2])
 def test_each_student_hears_its_own_teacher(tmp_path, tuned):
+    from safetensors.torch import save_file
+
     make_whisper(tmp_path / "small")
-    teacher = recipe(
-        encoder=EncoderChoice("whisper", 2, "small"), train=Train(1, tuned=tuned, folds=1)
-    )
+    teacher = recipe(encoder=EncoderChoice("whisper", 2, "small"), train=Train(1, tuned=tuned))
     for seed, part in enumerate(("fold0", "whole")):
         torch.manual_seed(seed)
         network = new_classifier(teacher, tmp_path)
@@ -87,7 +86,7 @@ def test_each_student_hears_its_own_teacher(tmp_path, tuned):
     window = torch.from_numpy(samples)[None]
     found = {}
     for name, part in TEACHERS.items():
-        (taught,) = taught_by(name, [view], {})
+        (taught,) = taught_by(name, [view])
         assert (taught.clip, taught.number) == (3, 1)
         network = load_classifier(teacher, tmp_path, tmp_path / part / "model.safetensors")
         pooled = []
@@ -106,31 +105,6 @@ def test_each_student_hears_its_own_teacher(tmp_path, tuned):
         )
         found[name] = logits
     assert (found["choice"] - found["refit"]).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_answers_may_be_those_of_the_network_that_has_not_heard_the_speaker(tmp_path, name):
-    make_whisper(tmp_path / "small")
-    encoder = EncoderChoice("whisper", 2, "small")
-    teacher = recipe(encoder=encoder, train=Train(1, folds=3))
-    for seed, part in enumerate(("whole", "fold0", "fold1", "fold2")):
-        torch.manual_seed(seed)
-        (tmp_path / part).mkdir()
-        state = trained_part(teacher, new_classifier(teacher, tmp_path)).state_dict()
-        save_file(state, tmp_path / part / "model.safetensors")
-    answer = load_teacher(teacher, tmp_path, [tmp_path], encoder)
-    arrays = answer(voice(1000.0, 120.0, 0.8, 0))
-    views = [View(clip, 0, arrays) for clip in range(5)]
-    taught = taught_by(name, views, {0: 2, 1: 1, 2: 0})
-    parts = ("fold2", "fold1", "fold0", TEACHERS[name], TEACHERS[name])  # the last are in no fold
-    for one, part in zip(taught, parts, strict=True):
-        np.testing.assert_array_equal(one.arrays["logits"], arrays[f"{part}_logits"])
-        for kept in ("frames", "embedding"):
-            np.testing.assert_array_equal(
-                one.arrays[kept], arrays[f"{TEACHERS[name]}_{kept}"], strict=True
-            )
-    logits = [arrays[f"{part}_logits"] for part in ("whole", "fold0", "fold1", "fold2")]
-    assert np.ptp(logits, axis=0).max() > 0.05
 
 
 def toy(clips=36, front_end=WhisperStem(16, 8).features):  # noqa: B008 - it has no state

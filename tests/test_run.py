@@ -375,9 +375,8 @@ def alive(group):
 def test_a_killed_training_goes_on_and_ends_with_the_same_weights(home, copy):
     shutil.rmtree(copy / "out" / "teacher" / "seed0")
     process = started(copy, "teacher")
-    checkpoint = (
-        copy / "out" / "teacher" / "seed0" / "train.partial" / "fold0/member0/checkpoint.pt"
-    )
+    head = copy / "out" / "teacher" / "seed0" / "train.partial" / "fold0"
+    checkpoint = head / "member0" / "checkpoint.pt"
     wait_for(checkpoint.exists, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -523,27 +522,17 @@ def test_candidates_are_distilled_timed_and_drawn(copy, capsys):
 
 
 def test_variants_of_a_student_answer_the_validation_speakers(copy, capsys):
-    unheard = "[variants.unheard]\ndistill = { unheard = true }\n"
-    (copy / "parts.toml").write_text(VARIANTS + unheard)
+    (copy / "parts.toml").write_text(VARIANTS)
     command = ["ablate", *arguments(copy, "parts")[1:]]
     assert main(command) == 0
     found = json.loads((copy / "out" / "parts" / "ablation.json").read_text())
-    assert list(found["variants"]) == ["base", "slim", "wav", "unheard"]
+    assert list(found["variants"]) == ["base", "slim", "wav"]
     assert found["clips"] == 2 * 6
     before = made(copy, "parts")
-    assert len(before) == 4
+    assert len(before) == 3
     assert main(command) == 0
     assert made(copy, "parts") == before
     assert len(list((copy / "out" / "teacher").glob("targets-*"))) == 2  # mel bands, and samples
-
-
-def test_who_was_left_out_is_not_known_of_other_speech(copy, capsys):
-    change(copy, "student", "cpu_minutes", "unheard = true\ncpu_minutes")
-    change(copy, "student", "calibration_clips = 16", "calibration_clips = 12")
-    assert failure(capsys, copy, "student") == (
-        f"{copy / 'student.toml'}: distill.unheard needs the [data] of {copy / 'teacher.toml'}: "
-        "who was left out there must be known here; make them alike, or set unheard = false"
-    )
 
 
 @pytest.mark.parametrize("recipe", ["teacher", "student"])
