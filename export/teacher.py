@@ -15,7 +15,11 @@ from export.views import Arrays, Compute, Samples, View
 
 TEACHERS = {"choice": "fold0", "refit": "whole"}
 """Which of the teacher's trained networks each student learns from: the first student is judged on
-the validation speakers, so its teacher has not heard them either."""
+the validation speakers, so its teacher has not heard them either.
+
+What a teacher remembers of speakers comes through its answers to others: ridge regression that was
+taught by networks which had heard the speakers it was asked about, on clips of others alone, had a
+pooled UA of .85 there, taught by labels .71 (recipe ``default``, four folds)."""
 
 
 def load_teacher(
