@@ -27,6 +27,7 @@ from export.train import (
     WeightAverage,
     bucketed,
     fast_bfloat16,
+    mixed,
     one_cycle,
     save_checkpoint,
     window_logits,
@@ -219,7 +220,7 @@ def _loss(
         other = torch.from_numpy(rng.permutation(len(views)))
 
         def mix(values: Tensor) -> Tensor:
-            return share * values + (1 - share) * values[other]
+            return mixed(values, other, share)
 
         features, frames, answers = mix(features), mix(frames), mix(answers)
         embedding, target = mix(embedding), mix(target)

@@ -136,8 +136,7 @@ def train_head(
             if settings.mixup:
                 share = float(rng.beta(settings.mixup, settings.mixup))
                 other = torch.from_numpy(rng.permutation(len(batch)))
-                states = torch.lerp(states[other], states, share)
-                target = share * target + (1 - share) * target[other]
+                states, target = mixed(states, other, share), mixed(target, other, share)
                 real, mask = real | real[other], mask | mask[other]
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
                 logits, _ = head(states, real)
@@ -180,6 +179,11 @@ def pad(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         stacked[row, :, : s.shape[1]] = s
         real[row, :, : s.shape[1]] = True
     return stacked, real
+
+
+def mixed(values: Tensor, other: Tensor, share: float) -> Tensor:
+    """Return rows mixed with ``other`` rows, of which ``1 - share`` is taken (arXiv 1710.09412)."""
+    return torch.lerp(values[other], values, share)
 
 
 def fast_bfloat16() -> bool:

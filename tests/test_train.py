@@ -13,6 +13,7 @@ from export.train import (
     CHECKPOINT,
     WeightAverage,
     bucketed,
+    mixed,
     one_cycle,
     pad,
     train_head,
@@ -115,6 +116,12 @@ def test_batches_hold_clips_of_similar_length():
     lengths = np.random.default_rng(0).integers(10, 100, 640)
     spreads = [np.ptp(lengths[one]) for one in bucketed(np.random.default_rng(1), lengths, 8)]
     assert np.mean(spreads) < 20  # of eight at random it would be about 70
+
+
+def test_rows_are_mixed_with_others():
+    rows, other = torch.randn(4, 2, 3), torch.tensor([2, 0, 1, 3])
+    expected = 0.3 * rows + 0.7 * rows[other]
+    torch.testing.assert_close(mixed(rows, other, 0.3), expected)
 
 
 def test_padding_is_marked():
