@@ -171,6 +171,22 @@ def test_a_head_learns_what_is_separable():
     assert [one[0].argmax() for one in logits] == targets.label.tolist()
 
 
+def test_lower_states_are_not_heard_in_training():
+    views, targets = toy(states=3)
+    heads = []
+    for chance in (0, 1):
+        torch.manual_seed(0)
+        head = CnnHead(3, 8, 3, width=8, upper=2)
+        rng = np.random.default_rng(chance)
+        for view in views:
+            view.arrays["states"][0] = rng.standard_normal(view.arrays["states"][0].shape)
+        train_head(head, views, targets, list(range(24)), SETTINGS, seed=0)
+        heads.append(head)
+    assert equal(*heads)
+    found = window_logits(heads[0], views, range(24))
+    assert [one[0].argmax() for one in found] == targets.label.tolist()
+
+
 def test_windows_of_a_clip_are_answered_in_their_order_and_as_recorded():
     head, (views, _) = new_head().eval(), toy(4)
     views.append(View(1, 0, {"states": np.ones((2, 10, 8), np.float16)}))
