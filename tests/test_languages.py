@@ -47,7 +47,7 @@ def test_every_language_is_answered_by_a_model_of_the_others(home, capsys):
         load_file(folder / "seed0" / "languages" / f"fold{n}" / "model.safetensors")
         for n in range(3)
     ]
-    assert (stored[0]["probe.weight"] != stored[1]["classify.weight"]).any()
+    assert (stored[0]["probe.weight"] != stored[1]["probe.weight"]).any()
 
 
 def test_one_language_cannot_be_left_out(home, capsys):
