@@ -24,7 +24,7 @@ from export.metrics import Floats, Ints
 from export.speech import Speech
 from export.splits import pooled
 from export.targets import Targets
-from export.train import HEAD, fit_head, fit_member, window_logits
+from export.train import fit_head, fit_member, window_logits
 from export.views import View, load_views
 from export.workers import workers
 
@@ -41,8 +41,7 @@ def train_member(
     number: int,
 ) -> None:
     """Train one member of a head on some clips, which leaves it in the folder for `fit_fold`."""
-    if not (folder / HEAD).exists():
-        fit_member(speech, weights, _views_of(features), chosen, seed, folder, number)
+    fit_member(speech, weights, _views_of(features), chosen, seed, folder, number)
 
 
 def fit_fold(

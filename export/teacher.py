@@ -59,9 +59,11 @@ def load_teacher(
         cached = torch.from_numpy(below(samples)["states"])[None].float()
         for name, (first, *others) in teachers.items():
             states = lift(recipe, first)(cached)
-            answers = [first.head(states)[0], *(o.head(lift(recipe, o)(cached))[0] for o in others)]
-            normed, member = normalised(states), first.head.members[0]
-            embedding, frames = member(normed)[1], member.frames(normed)
+            logits, embeddings = first.head(states)
+            answers = [logits, *(o.head(lift(recipe, o)(cached))[0] for o in others)]
+            embedding = embeddings.chunk(len(first.head.members), dim=1)[0]
+            normed = normalised(states)
+            frames = first.head.members[0].frames(normed)
             arrays[f"{name}_frames"] = frames[0].numpy().astype(np.float16)  # (D, F at 25 Hz)
             arrays[f"{name}_logits"] = mean_answer(answers)[0].numpy()
             arrays[f"{name}_embedding"] = embedding[0].numpy()

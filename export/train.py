@@ -21,7 +21,7 @@ from export.targets import Targets, masked_cross_entropy, smoothed
 from export.tune import TunedHead, parameter_groups
 from export.views import View
 
-CHECKPOINT, HEAD = "checkpoint.pt", "model.safetensors"
+CHECKPOINT = "checkpoint.pt"
 SHORTEST_S = 0.4  # what the runtime refuses to go below
 CLIP = 1.0  # largest norm of a gradient
 
@@ -281,7 +281,7 @@ def fit_head(
     settings = recipe.train
     assert settings  # only recipes with [train] have this stage
     network = trained_part(recipe, new_classifier(recipe, weights)).eval()
-    finished = folder / HEAD
+    finished = folder / "model.safetensors"
     if finished.exists():
         network.load_state_dict(load_file(finished))
         return network
