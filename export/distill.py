@@ -92,7 +92,7 @@ def distill(
         translate["layers"] = layer_heads(student.encoder.dim, arrays["layers"])
     parts = nn.ModuleList([student, translate])
     groups = rates(student, translate, settings)
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     average = WeightAverage(student, settings.average)
     weights = label_weights(targets, chosen, settings.balance)
     epoch, spent_s = 0, 0.0

@@ -192,10 +192,13 @@ class Run:
 
     def scores(self) -> dict[str, Any]:
         """Return the scores of every system of a finished run, by the name of the system."""
-        if self.recipe.folds:
-            return _read_json(self.folder / "folds" / "folds.json")["systems"]
-        certificate = _read_json(self.folder / "certify" / "certificate.json")
-        return {**certificate["systems"], **certificate.get("baselines", {})}
+        found = self.findings()
+        return {**found["systems"], **found.get("baselines", {})}
+
+    def findings(self) -> dict[str, Any]:
+        """Return what a finished run found out: its certificate, or with [folds] its answers."""
+        folds, certify = self.folder / "folds" / "folds.json", self.folder / "certify"
+        return _read_json(folds if self.recipe.folds else certify / "certificate.json")
 
     def teacher_scores(self) -> list[dict[str, Any]]:
         """Return the scores of every finished seed of the teacher; none without a teacher."""

@@ -12,6 +12,12 @@ from export.scores import FOUR
 from export.workers import workers
 
 MEAN = "masked mean"
+ADAPTED = {
+    "adapted": "test speakers",
+    "adapted_speakers_not_heard": "other speakers",
+    "adaptation": "all speakers",
+}
+"""Whose adaptation a certificate, or ``folds.json``, tells under which key."""
 
 
 def run_seeds(
@@ -61,11 +67,24 @@ def _run_seed(run: Run) -> None:
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return mean and spread over seeds of every system, and what a student kept of its teacher."""
+    """Return what the seeds of a finished recipe found out.
+
+    Returns:
+        ``systems``: `spread` of every system's unweighted accuracies over the seeds, and beside it,
+        under ``intervals``, the interval over speakers of each seed's pooled one. ``confidence``:
+        `spread` of calibration error, and of the share of wrong answers among the surest half and
+        among all. ``adaptation``: `spread` of pooled UA by history, of the test speakers and of
+        those that were not heard out of fold. Of a student what it kept of its teacher.
+    """
     found = [run.scores() for run in runs]
+    findings = [run.findings() for run in runs]
+    numbers = [run.seed for run in runs]
+    pooled = {system: [scores[system]["pooled"] for scores in found] for system in found[0]}
+    first = runs[0]
     summary = {
-        "recipe": runs[0].recipe.name,
-        "seeds": [run.seed for run in runs],
+        "recipe": first.recipe.name,
+        "command": f"python -m export run {first.path.name} --seeds {','.join(map(str, numbers))}",
+        "seeds": numbers,
         "systems": {
             system: {
                 column: spread([columns(scores[system])[column] for scores in found])
@@ -73,16 +92,50 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for system in found[0]
         },
+        "intervals": {
+            system: [[each["ua"]["low"], each["ua"]["high"]] for each in rows]
+            for system, rows in pooled.items()
+        },
+        "confidence": {
+            system: {
+                "ece": spread([each["ece"] for each in rows]),
+                **{
+                    f"wrong of {name}": spread([each["risk"][share] for each in rows])
+                    for name, share in (("the surest half", "0.5"), ("all", "1.0"))
+                },
+            }
+            for system, rows in pooled.items()
+            if "ece" in rows[0]
+        },
+        "adaptation": {
+            who: _adaptation([one[key] for one in findings])
+            for key, who in ADAPTED.items()
+            if key in findings[0]
+        },
     }
-    teachers = runs[0].teacher_scores()
+    teachers = first.teacher_scores()
     if teachers:
-        kept, given = (
-            np.mean([columns(scores["int8_x86"])[MEAN] for scores in each])
-            for each in (found, teachers)
-        )
-        summary["masked_ua_kept_of_teacher"] = float(kept / given)
         summary["teacher_seeds"] = len(teachers)
+        summary["kept_of_teacher"] = {}
+        for column in ("pooled", MEAN):
+            kept, given = (
+                np.mean([columns(scores["int8_x86"])[column] for scores in each])
+                for each in (found, teachers)
+            )
+            summary["kept_of_teacher"][column] = float(kept / given)
     return summary
+
+
+def _adaptation(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return rows of ``history``, ``utterances`` and `spread` of ``pooled_ua`` over the seeds."""
+    return [
+        {
+            "history": rows[0]["history"],
+            "utterances": rows[0]["utterances"],
+            "pooled_ua": spread([row["pooled_ua"] for row in rows]),
+        }
+        for rows in zip(*seeds, strict=True)
+    ]
 
 
 def columns(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -98,7 +151,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Return the summary as a Markdown table."""
+    """Return the summary as Markdown tables."""
     systems = summary["systems"]
     names = list(next(iter(systems.values())))
     seeds = ", ".join(map(str, summary["seeds"]))
@@ -111,12 +164,30 @@ def table(summary: Mapping[str, Any]) -> str:
         f"|---|{'---|' * len(names)}",
     ]
     for system, row in systems.items():
-        cells = [
-            f"{cell['mean']:.3f}" + ("" if cell["sd"] is None else f" ± {cell['sd']:.3f}")
-            for cell in row.values()
-        ]
-        lines.append(f"| {system} | {' | '.join(cells)} |")
-    if "masked_ua_kept_of_teacher" in summary:
-        kept, count = summary["masked_ua_kept_of_teacher"], summary["teacher_seeds"]
-        lines += ["", f"INT8 keeps {kept:.1%} of its teacher's INT8 {MEAN} ({count} seeds)."]
+        lines.append(f"| {system} | {' | '.join(_cell(cell) for cell in row.values())} |")
+    if "kept_of_teacher" in summary:
+        shares = summary["kept_of_teacher"].items()
+        kept = " and ".join(f"{share:.1%} of its {column} UA" for column, share in shares)
+        count = summary["teacher_seeds"]
+        lines += ["", f"INT8 keeps of its teacher's INT8 ({count} seeds) {kept}."]
+    lines += ["", "How sure it is: expected calibration error, and how many answers are wrong.", ""]
+    confidence = summary["confidence"]
+    of_what = list(next(iter(confidence.values())))
+    lines += [f"| system | {' | '.join(of_what)} |", f"|---|{'---|' * len(of_what)}"]
+    for system, row in confidence.items():
+        lines.append(f"| {system} | {' | '.join(_cell(cell) for cell in row.values())} |")
+    for who, rows in summary["adaptation"].items():
+        cells = {(row["history"], row["utterances"]): _cell(row["pooled_ua"]) for row in rows}
+        counts = sorted({count for _, count in cells})
+        none = cells["none", 0]
+        lines += ["", f"Adapting to the speaker, pooled UA after so many utterances, {who}.", ""]
+        lines += [f"| history | {' | '.join(map(str, counts))} |", f"|---|{'---|' * len(counts)}"]
+        for history in dict.fromkeys(name for name, _ in cells if name != "none"):
+            each = [none, *(cells.get((history, count), "") for count in counts[1:])]
+            lines.append(f"| {history} | {' | '.join(each)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any]) -> str:
+    more = "" if found["sd"] is None else f" ± {found['sd']:.3f}"
+    return f"{found['mean']:.3f}{more}"

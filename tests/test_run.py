@@ -295,15 +295,28 @@ def test_seeds_differ_and_are_summed_up(home):
         values = [c["systems"][system]["pooled"]["ua"]["value"] for c in certificates]
         assert row["pooled"]["values"] == values
         assert row["pooled"]["mean"] == pytest.approx(np.mean(values))
+        pooled = [c["systems"][system]["pooled"] for c in certificates]
+        assert summary["intervals"][system] == [[p["ua"]["low"], p["ua"]["high"]] for p in pooled]
+        if "ece" in pooled[0]:
+            sure = summary["confidence"][system]
+            assert sure["ece"]["values"] == [p["ece"] for p in pooled]
+            assert sure["wrong of the surest half"]["values"] == [p["risk"]["0.5"] for p in pooled]
+            assert sure["wrong of all"]["values"] == [p["risk"]["1.0"] for p in pooled]
+    assert summary["adaptation"].keys() == {"test speakers"}
+    rows = summary["adaptation"]["test speakers"]
+    assert rows[0]["history"] == "none"
+    assert rows[4]["pooled_ua"]["values"] == [c["adapted"][4]["pooled_ua"] for c in certificates]
+    teacher = json.loads((home / "out/teacher/seed0/certify/certificate.json").read_text())
+    teacher = teacher["systems"]["int8_x86"]
+    mine = summary["systems"]["int8_x86"]
     assert summary["teacher_seeds"] == 1
-    assert summary["masked_ua_kept_of_teacher"] == pytest.approx(
-        summary["systems"]["int8_x86"]["masked mean"]["mean"]
-        / json.loads((home / "out/teacher/seed0/certify/certificate.json").read_text())["systems"][
-            "int8_x86"
-        ]["masked_ua_mean"]
-    )
+    assert summary["kept_of_teacher"] == {
+        "pooled": pytest.approx(mine["pooled"]["mean"] / teacher["pooled"]["ua"]["value"]),
+        "masked mean": pytest.approx(mine["masked mean"]["mean"] / teacher["masked_ua_mean"]),
+    }
     text = (home / "out" / "student" / "seeds.md").read_text()
     assert "| int8_x86 |" in text
+    assert text.splitlines()[-1].startswith("| single | ")
 
 
 def test_no_augmented_view_of_a_test_speaker_is_kept(home):
