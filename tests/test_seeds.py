@@ -40,27 +40,59 @@ def summary(**more):
     def row(*values):
         return {"pooled": spread(values), "nemo": spread([v / 2 for v in values])}
 
-    return {"recipe": "r", "seeds": [0, 2], "systems": {"fp32": row(0.5, 0.7)}, **more}
+    def adapted(history, utterances, *values):
+        return {"history": history, "utterances": utterances, "pooled_ua": spread(values)}
+
+    rows = [
+        adapted("none", 0, 0.5, 0.7),
+        adapted("balanced", 1, 0.6, 0.7),
+        adapted("balanced", 5, 0.7, 0.8),
+        adapted("single", 5, 0.5, 0.75),
+    ]
+    return {
+        "recipe": "r",
+        "seeds": [0, 2],
+        "systems": {"fp32": row(0.5, 0.7)},
+        "confidence": {"fp32": {"ece": spread([0.05, 0.07]), "wrong of all": spread([0.5, 0.3])}},
+        "adaptation": {"test speakers": rows},
+        **more,
+    }
 
 
-def test_the_table_shows_mean_and_deviation():
+def test_the_tables_show_mean_and_deviation():
     lines = table(summary()).splitlines()
     assert lines[0].startswith("r, seeds 0, 2: unweighted accuracy, mean ± standard deviation")
-    assert lines[2:] == [
+    assert lines[2:5] == [
         "| system | pooled | nemo |",
         "|---|---|---|",
         "| fp32 | 0.600 ± 0.141 | 0.300 ± 0.071 |",
+    ]
+    assert lines[8:11] == [
+        "| system | ece | wrong of all |",
+        "|---|---|---|",
+        "| fp32 | 0.060 ± 0.014 | 0.400 ± 0.141 |",
+    ]
+    assert lines[12].endswith("test speakers.")
+    assert lines[14:] == [
+        "| history | 0 | 1 | 5 |",
+        "|---|---|---|---|",
+        "| balanced | 0.600 ± 0.141 | 0.650 ± 0.071 | 0.750 ± 0.071 |",
+        "| single | 0.600 ± 0.141 |  | 0.625 ± 0.177 |",
     ]
 
 
 def test_the_table_of_a_baseline_without_chance_has_no_deviation():
     one = summary(systems={"linear_probe": {"pooled": spread([0.5])}})
-    assert table(one).splitlines()[-1] == "| linear_probe | 0.500 |"
+    assert "| linear_probe | 0.500 |" in table(one).splitlines()
 
 
 def test_the_table_of_a_student_says_what_it_keeps():
-    line = table(summary(masked_ua_kept_of_teacher=0.8349, teacher_seeds=3)).splitlines()[-1]
-    assert line == "INT8 keeps 83.5% of its teacher's INT8 masked mean (3 seeds)."
+    kept = {"pooled": 0.9312, "masked mean": 0.8349}
+    lines = table(summary(kept_of_teacher=kept, teacher_seeds=3)).splitlines()
+    assert lines[6] == (
+        "INT8 keeps of its teacher's INT8 (3 seeds) 93.1% of its pooled UA and 83.5% of its masked "
+        "mean UA."
+    )
 
 
 def test_a_summary_is_json():
