@@ -24,7 +24,7 @@ from export.metrics import Floats
 from export.model import load_classifier
 from export.run import Run, features_of
 from export.scores import score
-from export.seeds import columns, spread
+from export.seeds import columns, shown, spread
 from export.speech import Speech
 from export.splits import pooled
 from export.stage import key_of, run_stage
@@ -172,11 +172,7 @@ def table(summary: Mapping[str, Any]) -> str:
         f"|---|{'---|' * (len(names) + 1)}",
     ]
     for name, row in variants.items():
-        cells = [
-            f"{row[column]['mean']:.3f}"
-            + ("" if row[column]["sd"] is None else f" ± {row[column]['sd']:.3f}")
-            for column in names
-        ]
+        cells = [shown(row[column]) for column in names]
         gain = row["gain"]
         cells.append(
             f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else ""

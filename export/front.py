@@ -26,7 +26,7 @@ from export.errors import RecipeError
 from export.model import load_classifier, trained_part
 from export.run import Run
 from export.scores import score
-from export.seeds import columns, spread
+from export.seeds import columns, shown, spread
 from export.speech import RATE_HZ
 from export.train import window_logits
 from export.variants import BASE, read_variants
@@ -169,11 +169,7 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     for name in sorted(rows, key=lambda name: float(rows[name]["ms"])):
         row = rows[name]
-        cells = [
-            f"{row[column]['mean']:.3f}"
-            + ("" if row[column]["sd"] is None else f" ± {row[column]['sd']:.3f}")
-            for column in ("pooled", "masked mean")
-        ]
+        cells = [shown(row[column]) for column in ("pooled", "masked mean")]
         cells = [f"{row['ms']:.2f}", f"{row['mb']:.1f}", *cells, "yes" if row.get("front") else ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

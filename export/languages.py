@@ -18,7 +18,7 @@ from export.errors import RecipeError
 from export.recipe import read_recipe
 from export.run import features_of
 from export.scores import score
-from export.seeds import spread
+from export.seeds import shown, spread
 from export.speech import Speech
 from export.stage import run_stage
 
@@ -105,7 +105,6 @@ def table(summary: dict[str, Any]) -> str:
     ]
     for language, row in summary["languages"].items():
         corpora = ", ".join(f"{n} {cell['mean']:.3f}" for n, cell in row["corpora"].items())
-        ua = row["masked_ua"]
-        spread_text = "" if ua["sd"] is None else f" ± {ua['sd']:.3f}"
-        lines.append(f"| {language} | {row['clips']} | {ua['mean']:.3f}{spread_text} | {corpora} |")
+        ua = shown(row["masked_ua"])
+        lines.append(f"| {language} | {row['clips']} | {ua} | {corpora} |")
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ from export.metrics import Ints
 from export.model import load_classifier
 from export.nonspeech import sound
 from export.run import Run
-from export.seeds import spread
+from export.seeds import shown, spread
 from export.speech import RATE_HZ
 from export.splits import pooled
 from export.views import Samples
@@ -225,15 +225,10 @@ def answers(run: Run, trained: Path, clips: Sequence[Clip], change: str) -> Ints
 
 def table(summary: dict[str, Any]) -> str:
     """Return the changes as a Markdown table."""
-
-    def cell(row: dict[str, Any], form: str) -> str:
-        more = "" if row["sd"] is None else f" ± {row['sd']:.3f}"
-        return f"{row['mean']:{form}}{more}"
-
     lines = [
         f"`{summary['command']}`: {summary['clips']} clips of validation speakers, answered by "
         "networks that have not heard them; pooled unweighted accuracy as they are "
-        f"{cell(summary['pooled_ua'], '.3f')}. Allowed after Wagner et al. (arXiv 2312.06270).",
+        f"{shown(summary['pooled_ua'])}. Allowed after Wagner et al. (arXiv 2312.06270).",
         "",
         "| change | equal answers | UA | allowed |",
         "|---|---|---|---|",
@@ -245,5 +240,5 @@ def table(summary: dict[str, Any]) -> str:
         else:
             lost = LOST[LARGE[name][0]]
             allowed = f"{-lost:+.2f} UA" + ("" if ua["mean"] >= -lost else ": missed")
-        lines.append(f"| {name} | {cell(same, '.3f')} | {cell(ua, '+.3f')} | {allowed} |")
+        lines.append(f"| {name} | {shown(same)} | {shown(ua, '+.3f')} | {allowed} |")
     return "\n".join(lines) + "\n"

@@ -150,6 +150,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": deviation, "values": list(values)}
 
 
+def shown(found: Mapping[str, Any], form: str = ".3f") -> str:
+    """Return a `spread` as a table shows it: the mean, and the deviation where there is one."""
+    more = "" if found["sd"] is None else f" ± {found['sd']:.3f}"
+    return f"{found['mean']:{form}}{more}"
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """Return the summary as Markdown tables."""
     systems = summary["systems"]
@@ -164,7 +170,7 @@ def table(summary: Mapping[str, Any]) -> str:
         f"|---|{'---|' * len(names)}",
     ]
     for system, row in systems.items():
-        lines.append(f"| {system} | {' | '.join(_cell(cell) for cell in row.values())} |")
+        lines.append(f"| {system} | {' | '.join(shown(cell) for cell in row.values())} |")
     if "kept_of_teacher" in summary:
         shares = summary["kept_of_teacher"].items()
         kept = " and ".join(f"{share:.1%} of its {column} UA" for column, share in shares)
@@ -175,9 +181,9 @@ def table(summary: Mapping[str, Any]) -> str:
     of_what = list(next(iter(confidence.values())))
     lines += [f"| system | {' | '.join(of_what)} |", f"|---|{'---|' * len(of_what)}"]
     for system, row in confidence.items():
-        lines.append(f"| {system} | {' | '.join(_cell(cell) for cell in row.values())} |")
+        lines.append(f"| {system} | {' | '.join(shown(cell) for cell in row.values())} |")
     for who, rows in summary["adaptation"].items():
-        cells = {(row["history"], row["utterances"]): _cell(row["pooled_ua"]) for row in rows}
+        cells = {(row["history"], row["utterances"]): shown(row["pooled_ua"]) for row in rows}
         counts = sorted({count for _, count in cells})
         none = cells["none", 0]
         lines += ["", f"Adapting to the speaker, pooled UA after so many utterances, {who}.", ""]
@@ -186,8 +192,3 @@ def table(summary: Mapping[str, Any]) -> str:
             each = [none, *(cells.get((history, count), "") for count in counts[1:])]
             lines.append(f"| {history} | {' | '.join(each)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(found: Mapping[str, Any]) -> str:
-    more = "" if found["sd"] is None else f" ± {found['sd']:.3f}"
-    return f"{found['mean']:.3f}{more}"
