@@ -18,9 +18,10 @@ def workers(each: int = 1, begin: Callable[[], None] | None = None) -> ProcessPo
         each: How many processes a job starts for itself; there are fewer jobs at a time then.
         begin: Called once in each process; it must not fail.
     """
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["export.run"])  # once, not in each process: it takes seconds
     jobs = max(1, (os.cpu_count() or 1) // each)
-    return ProcessPoolExecutor(jobs, spawn, initializer=_begin, initargs=(begin,))
+    return ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(begin,))
 
 
 def _begin(begin: Callable[[], None] | None) -> None:
