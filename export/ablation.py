@@ -7,7 +7,7 @@ touched.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from export.distill import fit_student
 from export.errors import RecipeError
 from export.metrics import Floats
 from export.model import load_classifier
-from export.run import Run, features_of
+from export.run import Run, Stage
 from export.scores import score
 from export.seeds import columns, shown, spread
 from export.speech import Speech
@@ -50,15 +50,20 @@ def run_ablation(
     for name, recipe in recipes.items():
         for seed in seeds:
             run = Run(base, corpora, weights, out, seed=seed, recipe=recipe)
-            jobs.append((run, home / "features", home / f"{name}-seed{seed}"))
+            jobs.append((run, home / f"{name}-seed{seed}"))
     if recipes[BASE].train:  # each trains on all cores
-        for job in jobs:
-            _score_heads(*job)
+        heard = Run(base, corpora, weights, out).shared()[0]
+        for run, folder in jobs:
+            features = run.shared()[0]
+            if features.reads != heard.reads:
+                # One cache for all variants in a row that hear the same; the next makes its own.
+                features = replace(features, folder=home / "features")
+            _score_heads(run, features, folder)
     else:
-        for run, _, _ in jobs:
+        for run, _ in jobs:
             run.make(run.shared())
         with workers() as pool:
-            for started in [pool.submit(_score_student, run, folder) for run, _, folder in jobs]:
+            for started in [pool.submit(_score_student, run, folder) for run, folder in jobs]:
                 started.result()
     found: dict[str, list[dict[str, Any]]] = {}
     probs: dict[str, list[Floats]] = {}
@@ -93,17 +98,16 @@ def _asked(speech: Speech) -> tuple[Clip, ...]:
     return (*(speech.split.train if speech.recipe.train else ()), *speech.split.validation)
 
 
-def _score_heads(run: Run, features: Path, folder: Path) -> None:
+def _score_heads(run: Run, features: Stage, folder: Path) -> None:
     """Make ``scores.json`` of a variant with [train]."""
     speech, weights, seed = run.speech, run.weights, run.seed
 
     def make(partial_folder: Path) -> None:
-        # One cache for all variants in a row that hear the same; the next makes its own there.
-        run_stage(features, *features_of(speech, weights))
+        run.make([features])
         clips = _asked(speech)
         assert run.recipe.train  # only such variants are scored here
         fold = speech.split.deal(run.recipe.train.folds)
-        logits = answer_folds(speech, weights, features, clips, fold, seed, partial_folder)
+        logits = answer_folds(speech, weights, features.folder, clips, fold, seed, partial_folder)
         _write(speech, clips, logits, partial_folder)
 
     reads = {"recipe": run.recipe, "seed": seed, "speech": speech.key}

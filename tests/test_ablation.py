@@ -38,6 +38,7 @@ base = "../teacher.toml"
 [variants.tuned]
 train = { tuned = 1 }
 [variants.deaf]
+encoder = { states = 1 }
 train = { epochs = 1, learning_rate = 1e-6 }
 """
 
@@ -70,8 +71,14 @@ def test_variants_are_scored_in_the_same_folds_beside_the_base(home, capsys):
     assert gain["high"] < 0
     assert found["variants"]["base"]["gain"] is None
     assert found["variants"]["deaf"]["nll"]["mean"] > found["variants"]["base"]["nll"]["mean"]
-    stages = (home / "out" / "parts").glob("*/stage.json")
-    before = {file: file.stat().st_mtime_ns for file in stages if "features" not in str(file)}
+    heard = {
+        place: json.loads((home / "out" / place / "features" / "stage.json").read_text())["reads"]
+        for place in ("teacher", "parts")  # of the base and of what hears the same; of "deaf"
+    }
+    assert {place: reads["encoder"]["states"] for place, reads in heard.items()} == {
+        "teacher": 2, "parts": 1
+    }  # fmt: skip
+    before = {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/*/stage.json")}
     assert main(command) == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
