@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export.encoders.mel import MelEncoder
+from export.encoders.wav import WavEncoder
 from export.encoders.whisper import WhisperStem, load_whisper
 from export.errors import CertificateError
 from export.graph import OPSET, PARITY, check_parity, export_graph
@@ -26,7 +27,11 @@ def mel(_):
     return MelEncoder(WhisperStem(16, 8), 16, 2)
 
 
-@pytest.fixture(scope="module", params=[whisper, mel], ids=["whisper", "mel"])
+def wav(_):
+    return WavEncoder(32, 1)
+
+
+@pytest.fixture(scope="module", params=[whisper, mel, wav], ids=["whisper", "mel", "wav"])
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
     torch.manual_seed(0)
@@ -48,6 +53,15 @@ def run(file, samples):
 def test_the_graph_answers_as_torch_does(exported, seconds, batch):
     model, file = exported
     samples = np.stack([voice(900.0 * (row + 1), 130.0, seconds, row) for row in range(batch)])
+    with torch.no_grad():
+        expected = model(torch.from_numpy(samples))
+    for found, wanted in zip(run(file, samples), expected, strict=True):
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+def test_soft_speech_is_answered_as_by_torch(exported):
+    model, file = exported
+    samples = voice(900.0, 130.0, 1.0, 0)[None] * np.float32(10 ** (-60 / 20))
     with torch.no_grad():
         expected = model(torch.from_numpy(samples))
     for found, wanted in zip(run(file, samples), expected, strict=True):

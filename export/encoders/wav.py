@@ -55,7 +55,8 @@ class WavEncoder(nn.Module):
     def features(self, samples: Tensor) -> Tensor:
         """Return the samples at a level of their own, ``(N, 1, T)``: mean 0, variance 1."""
         centred = samples - samples.mean(dim=1, keepdim=True)
-        level = (centred.square().mean(dim=1, keepdim=True) + 1e-10).sqrt()
+        # A bound, and no small number that is added: the exporter takes that for 0.
+        level = centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-5)
         return (centred / level)[:, None]
 
     @staticmethod
