@@ -194,6 +194,9 @@ def draw(summary: Mapping[str, Any], file: Path) -> None:
     line = [(rows[name]["ms"], rows[name]["pooled"]["mean"]) for name in on_front(rows)]
     axis.plot(*zip(*line, strict=True), color="C0", linewidth=1, zorder=0)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.margins(x=0.2)
     axis.set_xlabel(f"ms for {summary['window_s']:g} s of audio, INT8, one thread")
     axis.set_ylabel("pooled unweighted accuracy, validation speakers")
     figure.savefig(file, dpi=100)
