@@ -33,6 +33,13 @@ def _right(probs: Floats, true: Ints) -> npt.NDArray[np.bool_]:
     return np.asarray(probs.argmax(axis=1) == true)
 
 
+def _places(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
+    """Return the number of each confidence's bin, 0 to bins - 1."""
+    edges = np.linspace(0, 1, bins + 1)
+    # Float32 probabilities may sum to, and thus reach, a little more than 1.
+    return np.minimum(np.searchsorted(edges, confidence, side="left") - 1, bins - 1)
+
+
 def reliability(probs: Floats, true: Ints, bins: int = BINS) -> list[Bin]:
     """Return the bins of a reliability diagram that have clips, from the lowest confidence on.
 
@@ -45,9 +52,7 @@ def reliability(probs: Floats, true: Ints, bins: int = BINS) -> list[Bin]:
         bins: M, equal in width.
     """
     confidence, right = probs.max(axis=1), _right(probs, true)
-    edges = np.linspace(0, 1, bins + 1)
-    # Float32 probabilities may sum to, and thus reach, a little more than 1.
-    place = np.minimum(np.searchsorted(edges, confidence, side="left") - 1, bins - 1)
+    place = _places(confidence, bins)
     inside = [np.flatnonzero(place == number) for number in np.unique(place)]
     return [Bin(len(i), float(confidence[i].mean()), float(right[i].mean())) for i in inside]
 
@@ -59,6 +64,34 @@ def expected_calibration_error(probs: Floats, true: Ints, bins: int = BINS) -> f
     """
     found = reliability(probs, true, bins)
     return sum(b.clips * abs(b.accuracy - b.confidence) for b in found) / len(true)
+
+
+def error_if_calibrated(
+    probs: Floats, bins: int = BINS, *, draws: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """Return what `expected_calibration_error` shows of a perfectly calibrated model by chance.
+
+    A bin of few clips is never exactly as often right as it is sure, so the error of a few hundred
+    clips is well above 0 whatever the model. Here each clip is right with the probability that its
+    confidence states (consistency resampling: Broecker and Smith, Weather and Forecasting 22,
+    2007).
+
+    Args:
+        probs: Shape (N, C), rows sum to 1.
+        bins: M, equal in width.
+        draws: How often all N clips are drawn.
+        seed: Decides the draws.
+
+    Returns:
+        ``mean`` of the error over the draws, and ``high``, which 95 % of them do not exceed.
+    """
+    confidence = probs.max(axis=1)
+    place = _places(confidence, bins)
+    drawn = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
+    # A bin's part of the error is |wins - expected wins| / N.
+    surplus = (drawn - confidence) @ (place[:, None] == np.arange(bins))
+    errors = np.abs(surplus).sum(axis=1) / len(confidence)
+    return {"mean": float(errors.mean()), "high": float(np.quantile(errors, 0.95))}
 
 
 def risk_coverage(probs: Floats, true: Ints) -> dict[str, float]:

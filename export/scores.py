@@ -70,6 +70,7 @@ def score(
         probs, said = answers[inside], true[inside]
         whole |= {
             "ece": calibration.expected_calibration_error(probs, said),
+            "ece_if_calibrated": calibration.error_if_calibrated(probs),
             "nll": calibration.nll(probs, said),
             "reliability": [asdict(one) for one in calibration.reliability(probs, said)],
             "risk": calibration.risk_coverage(probs, said),

@@ -100,6 +100,12 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
             system: {
                 "ece": spread([each["ece"] for each in rows]),
                 **{
+                    f"ece if calibrated, {name}": spread(
+                        [each["ece_if_calibrated"][name] for each in rows]
+                    )
+                    for name in ("mean", "high")
+                },
+                **{
                     f"wrong of {name}": spread([each["risk"][share] for each in rows])
                     for name, share in (("the surest half", "0.5"), ("all", "1.0"))
                 },
@@ -176,7 +182,13 @@ def table(summary: Mapping[str, Any]) -> str:
         kept = " and ".join(f"{share:.1%} of its {column} UA" for column, share in shares)
         count = summary["teacher_seeds"]
         lines += ["", f"INT8 keeps of its teacher's INT8 ({count} seeds) {kept}."]
-    lines += ["", "How sure it is: expected calibration error, and how many answers are wrong.", ""]
+    lines += [
+        "",
+        "How sure it is: expected calibration error, what of it a perfectly calibrated model would "
+        "show by chance on as few clips (on average, and at most in 95 of 100 cases), and how many "
+        "answers are wrong.",
+        "",
+    ]
     confidence = summary["confidence"]
     of_what = list(next(iter(confidence.values())))
     lines += [f"| system | {' | '.join(of_what)} |", f"|---|{'---|' * len(of_what)}"]

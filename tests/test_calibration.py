@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
 
 from export.calibration import (
     COVERAGES,
+    error_if_calibrated,
     expected_calibration_error,
     nll,
     reliability,
@@ -52,6 +54,34 @@ def test_calibration_error_equals_a_loop_over_bins():
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert expected_calibration_error(probs, true) == pytest.approx(expected)
+
+
+def test_a_calibrated_model_shows_the_binomials_deviation_in_each_bin():
+    # 60 clips that are .7 sure in one bin, 40 that are .95 sure in another.
+    top = np.repeat([0.7, 0.95], [60, 40])
+    found = error_if_calibrated(np.stack([top, 1 - top], axis=1), bins=10, draws=40_000)
+    deviations = []
+    for clips, sure in ((60, 0.7), (40, 0.95)):
+        wins = np.arange(clips + 1)
+        odds = binom.pmf(wins, clips, sure)
+        deviations.append((np.abs(wins - clips * sure) / 100, odds))
+    (first, odds), (second, others) = deviations
+    assert found["mean"] == pytest.approx(first @ odds + second @ others, rel=0.01)
+    sums, joint = np.add.outer(first, second).ravel(), np.outer(odds, others).ravel()
+    order = np.argsort(sums)
+    reached = joint[order].cumsum()
+    assert found["high"] == pytest.approx(sums[order][np.searchsorted(reached, 0.95)], abs=0.004)
+
+
+def test_calibrated_by_draws_is_what_calibration_error_says_of_such_answers():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(7) / 2, 300)
+    errors = []
+    for _ in range(300):
+        right = rng.random(300) < probs.max(axis=1)
+        said = probs.argmax(axis=1)
+        errors.append(expected_calibration_error(probs, np.where(right, said, (said + 1) % 7)))
+    assert error_if_calibrated(probs)["mean"] == pytest.approx(np.mean(errors), rel=0.03)
 
 
 def test_nll_equals_scikit_learn_and_stays_finite():

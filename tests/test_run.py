@@ -300,6 +300,8 @@ def test_seeds_differ_and_are_summed_up(home):
         if "ece" in pooled[0]:
             sure = summary["confidence"][system]
             assert sure["ece"]["values"] == [p["ece"] for p in pooled]
+            high = [p["ece_if_calibrated"]["high"] for p in pooled]
+            assert sure["ece if calibrated, high"]["values"] == high
             assert sure["wrong of the surest half"]["values"] == [p["risk"]["0.5"] for p in pooled]
             assert sure["wrong of all"]["values"] == [p["risk"]["1.0"] for p in pooled]
     assert summary["adaptation"].keys() == {"test speakers"}

@@ -11,6 +11,7 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from export.calibration import error_if_calibrated
 from export.corpora import Clip, family
 from export.scores import brief, score
 
@@ -59,6 +60,7 @@ def test_pooled_scores_are_those_of_scikit_learn_without_emodb():
     assert pooled["confusion"] == confusion_matrix(true, found).tolist()
     assert pooled["nll"] == pytest.approx(log_loss(true, inside))
     assert 0 <= pooled["ece"] <= 1
+    assert pooled["ece_if_calibrated"] == error_if_calibrated(inside)
     assert pooled["ua"]["low"] <= pooled["ua"]["value"] <= pooled["ua"]["high"]
 
 
