@@ -20,6 +20,7 @@ from export.model import Classifier, load_classifier
 from export.speech import RATE_HZ, Speech
 
 OPSET = 20  # LayerNormalization stays one node; TensorRT 10.3 and ONNX Runtime 1.20 both read it
+OUTPUTS = ("logits", "embedding")
 PARITY = 1e-4  # largest difference of a logit from torch's
 
 
@@ -46,14 +47,21 @@ def export_graph(
             dynamo=True,
             opset_version=OPSET,
             input_names=["samples"],
-            output_names=["logits", "embedding"],
+            output_names=[f"{name}_output" for name in OUTPUTS],
             dynamic_shapes=dynamic,
             verbose=False,
         )
     proto = program.model_proto
+    # A value inside may be called as an output is: the lookup of an embedding, for one.
+    names = {name: f"{name}_inside" for name in OUTPUTS}
+    names |= {f"{name}_output": name for name in OUTPUTS}
     for node in proto.graph.node:
         # The exporter notes the source lines, with their place on this disk.
         del node.metadata_props[:]
+        for values in (node.input, node.output):
+            values[:] = [names.get(value, value) for value in values]
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        value.name = names.get(value.name, value.name)
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in properties.items()})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, file)

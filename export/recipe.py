@@ -17,7 +17,11 @@ else:
     import tomli as tomllib
 
 
-FAMILIES = ("whisper", "mel", "wav")
+PRETRAINED = ("whisper", "wav2vec2")
+"""The families of encoders that a head is trained on."""
+
+STUDENTS = ("whisper", "mel", "wav")
+"""The families that are distilled."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,14 @@ class EncoderChoice:
     """Which encoder.
 
     Attributes:
-        family: "whisper" (its lowest layers), or a student: "mel" (Whisper's two convolutions,
-            frozen, and dense ones behind them), "wav" (samples to transformer layers).
-        layers: Transformer layers (whisper: the lowest; wav), or residual blocks (mel).
-        source: Checkpoint of Whisper: a folder under ``--weights`` or a hub id; none for wav.
-        states: How many hidden states of whisper the head weighs, the uppermost.
+        family: "whisper" or "wav2vec2" (also XLSR-53, XLS-R, HuBERT and WavLM; the lowest layers of
+            either), or a student: "mel" (Whisper's two convolutions, frozen, and dense ones behind
+            them), "wav" (samples to transformer layers).
+        layers: Transformer layers (the lowest of whisper and wav2vec2; wav), or residual blocks
+            (mel).
+        source: Checkpoint: a folder under ``--weights`` or a hub id; of Whisper for mel, none for
+            wav.
+        states: How many hidden states of whisper or wav2vec2 the head weighs, the uppermost.
         width: Channels of a student, mel or wav.
         heads: Attention heads that each layer of whisper keeps; 0 keeps all (see
             `export.encoders.narrow`).
@@ -85,11 +92,12 @@ class EncoderChoice:
     feed_forward: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise RecipeError(f"encoder.family = {self.family!r}, allowed are {list(FAMILIES)}")
+        families = sorted({*PRETRAINED, *STUDENTS})
+        if self.family not in families:
+            raise RecipeError(f"encoder.family = {self.family!r}, allowed are {families}")
         if bool(self.source) == (self.family == "wav"):
             raise RecipeError(
-                f"encoder.source = {self.source!r}: whisper and mel need a checkpoint, wav has none"
+                f"encoder.source = {self.source!r}: wav has no checkpoint, all others need one"
             )
         if self.family == "wav" and (self.width < 32 or self.width % 32):
             raise RecipeError(f"encoder.width = {self.width}: of wav, multiples of 32 are allowed")
@@ -255,10 +263,11 @@ class Recipe:
             raise RecipeError(f"name = {self.name!r}; allowed: letters, digits, '-' and '_'")
         if (self.train is None) == (self.distill is None):
             raise RecipeError("a recipe has either [train] or [distill], exactly one of them")
-        if self.train and self.encoder.family != "whisper":
+        allowed = PRETRAINED if self.train else STUDENTS
+        if self.encoder.family not in allowed:
             raise RecipeError(
-                f"encoder.family = {self.encoder.family!r}: [train] takes 'whisper'; mel and wav "
-                "are students, which [distill] trains"
+                f"encoder.family = {self.encoder.family!r}: [train] takes {', '.join(PRETRAINED)}; "
+                f"[distill] {', '.join(STUDENTS)}"
             )
         if self.distill and (both := set(self.distill.unlabelled) & set(self.data.corpora)):
             raise RecipeError(
@@ -273,6 +282,8 @@ class Recipe:
             )
         if self.train and self.train.tuned:
             tuned, encoder = self.train.tuned, self.encoder
+            if encoder.family != "whisper":
+                raise RecipeError(f"train.tuned = {tuned}: above 0 only of the family 'whisper'")
             if not encoder.states - 1 <= tuned <= encoder.layers:
                 raise RecipeError(
                     f"train.tuned = {tuned}: with layers = {encoder.layers} and states = "

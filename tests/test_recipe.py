@@ -242,16 +242,20 @@ def test_a_recipe_either_trains_or_distills(tmp_path, text):
     [
         (
             SMALL.replace("whisper", "mel"),
-            "encoder.family = 'mel': [train] takes 'whisper'; mel and wav are students, which "
-            "[distill] trains",
+            "encoder.family = 'mel': [train] takes whisper, wav2vec2; [distill] whisper, mel, wav",
         ),
         (
-            SMALL.replace("whisper", "wav2vec2"),
-            "encoder.family = 'wav2vec2', allowed are ['whisper', 'mel', 'wav']",
+            STUDENT.replace("mel", "wav2vec2"),
+            "encoder.family = 'wav2vec2': [train] takes whisper, wav2vec2; [distill] whisper, mel, "
+            "wav",
+        ),
+        (
+            SMALL.replace("whisper", "hubert"),
+            "encoder.family = 'hubert', allowed are ['mel', 'wav', 'wav2vec2', 'whisper']",
         ),
         (
             STUDENT.replace("mel", "wav"),
-            "encoder.source = 'small': whisper and mel need a checkpoint, wav has none",
+            "encoder.source = 'small': wav has no checkpoint, all others need one",
         ),
         (
             STUDENT.replace('"mel"', '"wav"\nwidth = 48').replace('source = "small"', ""),

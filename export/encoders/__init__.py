@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from export.checkpoint import locate
 from export.encoders.mel import MelEncoder
 from export.encoders.narrow import narrow
 from export.encoders.wav import WavEncoder
+from export.encoders.wav2vec2 import load_wav2vec2
 from export.encoders.whisper import load_stem, load_whisper
 from export.recipe import EncoderChoice
 from export.views import Arrays, Compute, Samples
@@ -33,8 +35,9 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
     """
     if choice.family == "wav":
         return WavEncoder(choice.width, choice.layers)
-    local = weights / choice.source if weights else None
-    source = str(local) if local and local.is_dir() else choice.source
+    if choice.family == "wav2vec2":
+        return load_wav2vec2(choice.source, weights, choice.layers, choice.states)
+    source = str(locate(choice.source, weights))
     if choice.family == "mel":
         return MelEncoder(load_stem(source), choice.width, choice.layers)
     whisper = load_whisper(source, choice.layers, window_s, choice.states)

@@ -4,17 +4,11 @@ Written out rather than taken from transformers, whose encoder refuses anything 
 parameter names are the checkpoint's, and a test holds the numbers against transformers.
 """
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from export.checkpoint import fill, locate, read_config, read_tensors
 from export.errors import RecipeError
 from export.frontend import LogMel
 
@@ -251,49 +245,16 @@ def read_checkpoint(source: str) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         RecipeError: The checkpoint cannot be read.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        files = ["config.json", "model.safetensors"]
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=files))
-        except (OSError, ValueError) as exc:  # the bases of all that the hub raises
-            line = str(exc).partition("\n")[0]
-            raise RecipeError(
-                f"no checkpoint {source!r}: neither a folder under --weights nor a hub id ({line})"
-            ) from exc
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        stored = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as exc:
-        raise RecipeError(
-            f"checkpoint {str(folder)!r} cannot be read ({exc}); it needs config.json and "
-            "model.safetensors"
-        ) from exc
+    folder = locate(source)
     tensors = {
-        name.removeprefix("model.encoder."): tensor.float()
-        for name, tensor in stored.items()
-        if not name.startswith("model.decoder.")
+        name.removeprefix("model.").removeprefix("encoder."): tensor
+        for name, tensor in read_tensors(folder).items()
+        if not name.removeprefix("model.").startswith("decoder.")
     }
     for name in ("conv1.weight", "conv2.weight"):
         if name in tensors:
             tensors[name] = Neighbours.from_kernel(tensors[name])
-    return config, tensors
-
-
-def fill(encoder: WhisperStem, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors of a checkpoint into an encoder, every one accounted for.
-
-    Raises:
-        RecipeError: A tensor is missing, or the encoder has no place for it.
-    """
-    missing = {n for n in encoder.state_dict() if not n.startswith("mel.")} - tensors.keys()
-    unexpected = tensors.keys() - encoder.state_dict().keys()
-    if missing or unexpected:
-        raise RecipeError(
-            f"{source}: missing tensors {sorted(missing)[:3]}, unexpected "
-            f"{sorted(unexpected)[:3]}; a Whisper checkpoint with these layers is needed"
-        )
-    encoder.load_state_dict(tensors, strict=False)
+    return read_config(folder), tensors
 
 
 def load_whisper(source: str, layers: int, window_s: float, states: int) -> WhisperEncoder:
@@ -319,7 +280,7 @@ def load_whisper(source: str, layers: int, window_s: float, states: int) -> Whis
     positions = tensors.get("embed_positions.weight")
     if positions is not None:
         tensors["embed_positions.weight"] = positions[: encoder.embed_positions.num_embeddings]
-    fill(encoder, tensors, source)
+    fill(encoder, tensors, source, made_here(encoder))
     return encoder.eval()
 
 
@@ -334,5 +295,11 @@ def load_stem(source: str) -> WhisperStem:
     """
     config, tensors = read_checkpoint(source)
     stem = WhisperStem(config["num_mel_bins"], config["d_model"])
-    fill(stem, {n: t for n, t in tensors.items() if n.startswith("conv")}, source)
+    convolutions = {n: t for n, t in tensors.items() if n.startswith("conv")}
+    fill(stem, convolutions, source, made_here(stem))
     return stem.eval()
+
+
+def made_here(stem: WhisperStem) -> list[str]:
+    """Return the tensors of the front end, which no checkpoint has."""
+    return [name for name in stem.state_dict() if name.startswith("mel.")]
