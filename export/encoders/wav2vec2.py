@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from export.checkpoint import EXTRACTOR, fill, locate, read_tensors
 from export.encoders.wavlm import write_out
@@ -78,7 +78,8 @@ def load_wav2vec2(source: str, weights: Path | None, layers: int, states: int) -
             that the network has no place for.
     """
     folder = locate(source, weights)
-    model = build(folder, source)
+    # What other forms of attention export to is more nodes, or one that TensorRT cannot read.
+    model = AutoModel.from_config(read(folder, source), attn_implementation="eager")
     prefix = f"{model.base_model_prefix}."
     tensors = read_tensors(folder)
     inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -87,11 +88,11 @@ def load_wav2vec2(source: str, weights: Path | None, layers: int, states: int) -
     return Wav2Vec2Encoder(model, layers, states, hears_normalised(folder)).eval()
 
 
-def build(folder: Path, source: str) -> nn.Module:
-    """Return the network that a checkpoint's config describes, with random weights.
+def read(folder: Path, source: str) -> PretrainedConfig:
+    """Return the config of a checkpoint.
 
     Raises:
-        RecipeError: The config cannot be read, or is of another kind.
+        RecipeError: It cannot be read, or is of another kind.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -102,8 +103,7 @@ def build(folder: Path, source: str) -> nn.Module:
         raise RecipeError(
             f"checkpoint {source!r} is a {config.model_type!r}; allowed are {', '.join(KINDS)}"
         )
-    # What other forms of attention export to is more nodes, or none that TensorRT reads.
-    return AutoModel.from_config(config, attn_implementation="eager")
+    return config
 
 
 def fill_encoder(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
