@@ -67,8 +67,7 @@ class _States(nn.Module):
 
     def forward(self, samples: Tensor) -> Sequence[Tensor]:
         heard = self.hears(samples) if self.hears else samples
-        found = self.model(heard, output_hidden_states=True)
-        return [*found.hidden_states[:-1], found.last_hidden_state]
+        return self.model(heard, output_hidden_states=True).hidden_states
 
 
 class _WhisperStates(WhisperEncoder):
