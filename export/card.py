@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_ser.bundle import Metadata
+from export.conditions import table
 
 
 def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
@@ -61,6 +62,11 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
             f"clips and keeps {gate['ua_kept']:.1%} of the pooled UA. Seed {certificate['seed']}. "
             "`certificate.json` has everything else.",
             "",
+            "How often INT8 says what full precision says, and how far their answers are apart, on "
+            "test clips of other lengths (the longer ones clips of one voice and emotion joined), "
+            "levels and noise:",
+            "",
+            table(certificate["conditions"]),
             "## Adapting to a speaker",
             "",
             "Pooled UA of INT8 on the test speakers after so many earlier utterances of the same "

@@ -14,7 +14,7 @@ from edge_ser.adaptation import Adaptation
 from edge_ser.bundle import Metadata, sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
-from export import metrics
+from export import conditions, metrics
 from export.adapt import measure
 from export.corpora import Clip
 from export.errors import CertificateError
@@ -116,8 +116,8 @@ def certify(
 
     Returns:
         ``systems`` by name, each with its graph's SHA-256 and scores, ``gate`` by INT8 graph, and
-        behind the INT8 graph for x86 ``adapted``, what the adaptation is worth, and ``nonspeech``,
-        what `doubts` says.
+        behind the INT8 graph for x86 ``adapted``, what the adaptation is worth, ``nonspeech``, what
+        `doubts` says, and ``conditions``, what `export.conditions.rows` says of the pooled clips.
     """
     labels = metadata.labels
     answers = {
@@ -146,6 +146,9 @@ def certify(
         },
         "adapted": measure(logits, [adaptation] * len(heard), heard, true, mask, len(labels)),
         "nonspeech": doubts(metadata, graphs / SYSTEMS["int8_x86"]),
+        "conditions": conditions.rows(
+            metadata, graphs / SYSTEMS["fp32"], graphs / SYSTEMS["int8_x86"], heard
+        ),
     }
 
 

@@ -161,6 +161,9 @@ def test_every_graph_is_scored_and_named_by_its_hash(bundle, corpora):
         assert system["sha256"] == sha256(bundle.path / system["graph"])
         assert system["pooled"]["clips"] == len(heard)
         assert system["corpora"].keys() == {"nemo", "turev"}
+    assert found["conditions"][1]["condition"] == "as it is"
+    assert found["conditions"][1]["clips"] == len(heard)
+    assert {row["labels_equal"] for row in found["conditions"]} == {1.0}
     assert LACKS == {"turev": "anger"}
     assert {name: row["passed"] for name, row in found["gate"].items()} == {
         "int8": True,
