@@ -29,11 +29,11 @@ class FineTuned(nn.Module):
     """Samples to logits and embedding.
 
     Args:
-        encoder: Samples ``(N, T)`` to the list of its hidden states ``(N, F, D)``, the last one at
-            the end.
+        encoder: Samples ``(N, T)`` to its last hidden state ``(N, F, D)``, and the list of those
+            that are weighted.
         projector: Of each frame.
         classifier: Of the mean over time.
-        layer_weights: Of each hidden state, before the softmax; without them the last one counts.
+        layer_weights: Of each of that list, before the softmax; without them the last one counts.
     """
 
     def __init__(
@@ -49,8 +49,7 @@ class FineTuned(nn.Module):
 
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 samples ``(N, T)`` to logits ``(N, C)`` and embedding ``(N, D)``."""
-        states: Sequence[Tensor] = self.encoder(samples)
-        frames = states[-1]
+        frames, states = self.encoder(samples)
         if self.layer_weights is not None:
             shares = self.layer_weights.softmax(dim=0)
             frames = sum(share * state for share, state in zip(shares, states, strict=True))
@@ -59,15 +58,20 @@ class FineTuned(nn.Module):
 
 
 class _States(nn.Module):
-    """All hidden states of Wav2Vec2 or its kin."""
+    """The hidden states of Wav2Vec2 or its kin.
+
+    The list is that of the transformers that is installed, as is what it weighs: where the last
+    state has a norm of its own, version 4.57 lists it behind the norm, 5 before it.
+    """
 
     def __init__(self, model: nn.Module, hears: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
         self.model, self.hears = model, hears
 
-    def forward(self, samples: Tensor) -> Sequence[Tensor]:
+    def forward(self, samples: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         heard = self.hears(samples) if self.hears else samples
-        return self.model(heard, output_hidden_states=True).hidden_states
+        found = self.model(heard, output_hidden_states=True)
+        return found.last_hidden_state, found.hidden_states
 
 
 class _WhisperStates(WhisperEncoder):
@@ -85,14 +89,14 @@ class _WhisperStates(WhisperEncoder):
         self.padded = padded
         self.layer_norm = nn.LayerNorm(self.dim)
 
-    def forward(self, samples: Tensor) -> list[Tensor]:
+    def forward(self, samples: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.padded:
             samples = functional.pad(samples, (0, WHISPER_S * RATE_HZ - samples.shape[1]))
         found = [self.below(samples, 0)]
         for layer in self.layers:
             found.append(layer(found[-1]))
         found[-1] = self.layer_norm(found[-1])
-        return found
+        return found[-1], found
 
 
 def load_finetuned(source: str, window_s: float, padded: bool) -> tuple[FineTuned, tuple[str, ...]]:

@@ -51,8 +51,10 @@ class Wav2Vec2Encoder(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """Float32 samples ``(N, T)`` at 16 kHz to hidden states ``(N, S, F, D)`` at 25 Hz."""
         heard = normalised(samples) if self.normalised else samples
-        found = self.model(heard, output_hidden_states=True).hidden_states
-        return torch.stack([halved(state) for state in found[-self.states :]], dim=1)
+        found = self.model(heard, output_hidden_states=True)
+        # The last one may have a norm of its own: transformers 5 lists it without, 4 with it.
+        states = [*found.hidden_states[:-1], found.last_hidden_state]
+        return torch.stack([halved(state) for state in states[-self.states :]], dim=1)
 
 
 def normalised(samples: Tensor) -> Tensor:
