@@ -24,6 +24,8 @@ from edge_ser.samples import sample_paths
 if TYPE_CHECKING:
     from edge_ser.speaker import Speaker
 
+_NOT_CERTIFIED = "INT8 answers too often otherwise than full precision; see certificate.json"
+
 _EXAMPLES = """examples:
   edge-ser predict --sample              classify the clips that come with the package
   edge-ser predict a.wav b.flac --json   one JSON object a line
@@ -116,6 +118,7 @@ def _info(args: argparse.Namespace) -> int:
         "rate": f"{metadata.sample_rate_hz} Hz",
         "windows": f"{metadata.window_s:g} s, one every {metadata.hop_s:g} s",
         "uncertain": f"below {metadata.abstain_below:.1%}",
+        "certified": "yes" if metadata.certified else f"no: {_NOT_CERTIFIED}",
         "corpora": ", ".join(corpus.get("name", "?") for corpus in metadata.corpora) or "none",
     }
     for key, value in rows.items():
@@ -198,9 +201,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Recognizer:
-    return Recognizer.load(
+    recognizer = Recognizer.load(
         args.bundle, precision=args.precision, threads=args.threads, device=args.device
     )
+    if not recognizer.metadata.certified:
+        _complain(f"{recognizer.metadata.name} is not certified: {_NOT_CERTIFIED}", False)
+    return recognizer
 
 
 def _complain(line: str, debug: bool) -> None:

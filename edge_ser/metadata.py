@@ -36,6 +36,8 @@ class Metadata:
             less than the window, so that no last window is shorter than 0.4 s.
         temperature: The logits are divided by it before the softmax; 0.01 to 100.
         abstain_below: A confidence below it is called uncertain; 0 to 1.
+        certified: Whether the INT8 graphs answer as full precision does, by the gate of
+            ``certificate.json``.
         encoder: What the model was made of, free-form; so are ``head`` and ``teacher``.
         head: See ``encoder``.
         teacher: What it was distilled from, or None.
@@ -55,6 +57,7 @@ class Metadata:
     hop_s: float
     temperature: float
     abstain_below: float
+    certified: bool
     encoder: dict[str, Any]
     head: dict[str, Any]
     teacher: dict[str, Any] | None
@@ -142,6 +145,7 @@ _RULES: tuple[tuple[str, str, Callable[[Metadata], bool]], ...] = (
     ("hop_s", "window_s - 0.4 or less", _overlap),
     ("temperature", "a number, 0.01 to 100", lambda m: _is_number(m.temperature, 0.01, 100)),
     ("abstain_below", "a number, 0 to 1", lambda m: _is_number(m.abstain_below, 0, 1)),
+    ("certified", "true or false", lambda m: type(m.certified) is bool),
     ("encoder", "an object", lambda m: isinstance(m.encoder, dict)),
     ("head", "an object", lambda m: isinstance(m.head, dict)),
     ("teacher", "an object or null", lambda m: isinstance(m.teacher, dict | None)),

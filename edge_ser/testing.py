@@ -78,8 +78,8 @@ def make_bundle(
     document = {
         "schema_version": SCHEMA_VERSION, "name": folder.name, "labels": list(labels),
         "sample_rate_hz": rate, "window_s": 3.0, "hop_s": 1.5, "temperature": 1.0,
-        "abstain_below": 0.0, "encoder": {}, "head": {}, "teacher": None, "corpora": [],
-        "tools": {}, **changes,
+        "abstain_below": 0.0, "certified": True, "encoder": {}, "head": {}, "teacher": None,
+        "corpora": [], "tools": {}, **changes,
     }  # fmt: skip
     optional = {FP32_GRAPH, "certificate.json", "README.md"}
     document["files"] = list_files(folder, optional)

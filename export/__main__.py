@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edge_ser.errors import EdgeSerError
 
@@ -13,9 +14,21 @@ EXAMPLES = """examples:
   python -m export run export/recipes/default.toml ... --from quantize
   python -m export ablate export/recipes/variants/teacher.toml --corpora DIR ... --seeds 0,1
   python -m export front export/recipes/variants/students.toml --corpora DIR --weights DIR --out DIR
+  python -m export quantize MODEL --calibration clips.csv --evaluation test.csv --out DIR
 
 A run that was stopped goes on where it was; a stage whose inputs have not changed is not repeated.
 The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAME/seedN/bundle
+"""
+
+
+OWN = """A CSV file has the columns path and, for evaluation, emotion; speaker and language if they
+are known. Paths start at its folder. A quarter of the calibration clips is not calibrated with: it
+tells whether INT8 answers as full precision does and, where emotions are given, how sure the model
+may be.
+
+examples:
+  python -m export quantize ./my-wav2vec2 --calibration train.csv --evaluation test.csv --out DIR
+  python -m export quantize model.onnx --labels anger,joy,sadness --calibration clips.csv --out DIR
 """
 
 
@@ -77,7 +90,49 @@ def parser() -> argparse.ArgumentParser:
         "Ask a recipe that has been run what small changes of a recording do to its answers.",
         "export/recipes/default.toml",
     )
+    _add_quantize(verbs)
     return top
+
+
+def _add_quantize(verbs: Any) -> None:
+    text = "Quantize your own network, and certify what that cost."
+    own = verbs.add_parser(
+        "quantize",
+        help=f"{text[0].lower()}{text[1:-1]}",
+        description=text,
+        epilog=OWN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own.add_argument("model", help="folder or hub id of transformers, or an ONNX file")
+    own.add_argument(
+        "--calibration", type=Path, required=True, metavar="CSV", help="clips like those to come"
+    )
+    own.add_argument("--evaluation", type=Path, metavar="CSV", help="labelled clips to score")
+    own.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
+    own.add_argument("--name", default="", help="of the bundle (default: of the model)")
+    own.add_argument(
+        "--labels", type=_names, default=(), help="such as anger,joy; an ONNX file needs them"
+    )
+    own.add_argument("--window", type=float, default=4.0, help="longest input in seconds (4)")
+    own.add_argument("--hop", type=float, default=1.0, help="from window to window in seconds (1)")
+    own.add_argument(
+        "--unpadded",
+        action="store_true",
+        help="Whisper: hear windows as long as they are, not filled up with silence to 30 s",
+    )
+    own.add_argument(
+        "--allow-uncertified",
+        action="store_true",
+        help="pack a model that misses the gate; the bundle says so",
+    )
+    own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if len(set(names)) < max(2, len(names)) or not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: two or more names, such as anger,joy")
+    return names
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -93,8 +148,20 @@ def _seeds(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 1 after a failure."""
     args = parser().parse_args(argv)
-    places = (args.recipe, args.corpora, args.weights, args.out, args.seeds)
     try:
+        if args.verb == "quantize":
+            from export.own import Own, quantize_model
+            from export.recipe import Windows
+
+            quantize_model(
+                Own(
+                    args.model, args.calibration, args.evaluation, args.out, args.name,
+                    Windows(args.window, args.hop), args.labels, not args.unpadded,
+                    args.allow_uncertified,
+                )
+            )  # fmt: skip
+            return 0
+        places = (args.recipe, args.corpora, args.weights, args.out, args.seeds)
         if args.verb == "ablate":
             from export.ablation import run_ablation
 

@@ -9,7 +9,69 @@ from export.conditions import table
 
 
 def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
-    """Return the bundle's README: what it is, what it scored, what it must not be used for."""
+    """Return the bundle's README: what it is, what it scored, what it must not be used for.
+
+    Of a part that the certificate does not have, the card says nothing.
+    """
+    languages = sorted({corpus["language"] for corpus in metadata.corpora})
+    front = ["---", "library_name: edge-ser", "pipeline_tag: audio-classification"]
+    front += [f"language: [{', '.join(languages)}]", "license: other", "---"]
+    gate = certificate["gate"]["int8_x86"]
+    equal = (
+        f"INT8 gives the same label as full precision on {gate['labels_equal']:.1%} of the clips"
+    )
+    if "ua_kept" in gate:
+        equal += f" and keeps {gate['ua_kept']:.1%} of the pooled UA"
+    made = "made and certified" if metadata.certified else "made, and NOT certified,"
+    no_speech = certificate["nonspeech"]
+    lines = [
+        *front,
+        "",
+        f"# {metadata.name}",
+        "",
+        f"Speech emotion recognition: {', '.join(metadata.labels)}. INT8 ONNX for CPUs, {made} by "
+        "edge_ser.",
+        "",
+        f"Encoder: `{json.dumps(metadata.encoder)}`. Head: `{json.dumps(metadata.head)}`. "
+        f"Teacher: `{json.dumps(metadata.teacher)}`.",
+        "",
+        "## Scores",
+        "",
+        *(_scores(certificate) if "pooled" in certificate["systems"]["fp32"] else ()),
+        f"{equal}. `certificate.json` has everything else.",
+        "",
+        "How often INT8 says what full precision says, and how far their answers are apart, on "
+        "clips of other lengths (the longer ones clips of one voice and emotion joined), levels "
+        "and noise:",
+        "",
+        table(certificate["conditions"]),
+        *(_adapted(certificate["adapted"]) if "adapted" in certificate else ()),
+        f"Of {no_speech['minutes']} minutes of noise, tones like music, hum and silence, "
+        f"{no_speech['uncertain']:.1%} were called uncertain.",
+        "",
+        "## Limits",
+        "",
+        "It tells how speech sounds, not what a person feels. Not for judging people, for hiring, "
+        "schooling, policing or health.",
+        "",
+    ]
+    if metadata.corpora:
+        lines += ["Trained on acted and broadcast speech of few speakers.", ""]
+        lines += ["## Corpora", ""]
+        lines += [
+            f"- {corpus['name']} ({corpus['language']}): {corpus['licence']}. {corpus['source']}"
+            for corpus in metadata.corpora
+        ]
+        lines += [
+            "",
+            "Several of them allow research only or no commercial use; that carries over to these "
+            "weights.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _scores(certificate: Mapping[str, Any]) -> list[str]:
     fp32, int8 = (certificate["systems"][name] for name in ("fp32", "int8_x86"))
 
     def cell(interval: Mapping[str, Any]) -> str:
@@ -20,78 +82,30 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
         f"{cell(int8['corpora'][name]['masked']['ua'])} |"
         for name, row in fp32["corpora"].items()
     ]
-    rows.append(
+    seed = f" Seed {certificate['seed']}." if "seed" in certificate else ""
+    return [
+        "Unweighted accuracy on test speakers that nothing here was trained or chosen on; 95 % "
+        f"bootstrap intervals. Masked to the labels of each corpus; pooled among all labels.{seed}",
+        "",
+        "| corpus | clips | speakers | full precision | INT8 |",
+        "|---|---|---|---|---|",
+        *rows,
         f"| pooled, all labels | {fp32['pooled']['clips']} | | {cell(fp32['pooled']['ua'])} | "
-        f"{cell(int8['pooled']['ua'])} |"
-    )
-    gate = certificate["gate"]["int8_x86"]
-    no_speech = certificate["nonspeech"]
-    adapted = [
-        f"| {row['history']} | {row['utterances']} | {row['pooled_ua']:.3f} |"
-        for row in certificate["adapted"]
+        f"{cell(int8['pooled']['ua'])} |",
+        "",
     ]
-    sources = [
-        f"- {corpus['name']} ({corpus['language']}): {corpus['licence']}. {corpus['source']}"
-        for corpus in metadata.corpora
+
+
+def _adapted(rows: list[Mapping[str, Any]]) -> list[str]:
+    return [
+        "## Adapting to a speaker",
+        "",
+        "Pooled UA of INT8 on the test speakers after so many earlier utterances of the same "
+        "speaker, drawn at random, means of five draws: emotions alike, four fifths of one "
+        "emotion, or all of one.",
+        "",
+        "| earlier utterances | how many | pooled UA |",
+        "|---|---|---|",
+        *(f"| {row['history']} | {row['utterances']} | {row['pooled_ua']:.3f} |" for row in rows),
+        "",
     ]
-    languages = sorted({corpus["language"] for corpus in metadata.corpora})
-    front = ["---", "library_name: edge-ser", "pipeline_tag: audio-classification"]
-    front += [f"language: [{', '.join(languages)}]", "license: other", "---"]
-    return "\n".join(
-        [
-            *front,
-            "",
-            f"# {metadata.name}",
-            "",
-            f"Speech emotion recognition: {', '.join(metadata.labels)}. INT8 ONNX for CPUs, made "
-            "and certified by edge_ser.",
-            "",
-            f"Encoder: `{json.dumps(metadata.encoder)}`. Head: `{json.dumps(metadata.head)}`. "
-            f"Teacher: `{json.dumps(metadata.teacher)}`.",
-            "",
-            "## Scores",
-            "",
-            "Unweighted accuracy on test speakers that nothing was trained or chosen on; 95 % "
-            "bootstrap intervals. Masked to the labels of each corpus; pooled among all labels.",
-            "",
-            "| corpus | clips | speakers | full precision | INT8 |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"INT8 gives the same label as full precision on {gate['labels_equal']:.1%} of the "
-            f"clips and keeps {gate['ua_kept']:.1%} of the pooled UA. Seed {certificate['seed']}. "
-            "`certificate.json` has everything else.",
-            "",
-            "How often INT8 says what full precision says, and how far their answers are apart, on "
-            "test clips of other lengths (the longer ones clips of one voice and emotion joined), "
-            "levels and noise:",
-            "",
-            table(certificate["conditions"]),
-            "## Adapting to a speaker",
-            "",
-            "Pooled UA of INT8 on the test speakers after so many earlier utterances of the same "
-            "speaker, drawn at random, means of five draws: emotions alike, four fifths of one "
-            "emotion, or all of one.",
-            "",
-            "| earlier utterances | how many | pooled UA |",
-            "|---|---|---|",
-            *adapted,
-            "",
-            f"Of {no_speech['minutes']} minutes of noise, tones like music, hum and silence, "
-            f"{no_speech['uncertain']:.1%} were called uncertain.",
-            "",
-            "## Limits",
-            "",
-            "Trained on acted and broadcast speech of few speakers. It tells how speech sounds, "
-            "not what a person feels. Not for judging people, for hiring, schooling, policing or "
-            "health.",
-            "",
-            "## Corpora",
-            "",
-            *sources,
-            "",
-            "Several of them allow research only or no commercial use; that carries over to these "
-            "weights.",
-            "",
-        ]
-    )

@@ -122,26 +122,32 @@ def family(corpus: str) -> str:
 
 
 def read_corpus(folder: Path) -> tuple[Clip, ...]:
-    """Read the manifest of one corpus, in its order.
+    """Read the manifest of one corpus, in its order: `read_manifest` of its `manifest.csv`."""
+    return read_manifest(Path(folder) / "manifest.csv")
+
+
+def read_manifest(manifest: Path, needed: Sequence[str] = COLUMNS) -> tuple[Clip, ...]:
+    """Read a manifest, in its order.
 
     Args:
-        folder: Holds `manifest.csv`; its name is the corpus' name.
+        manifest: A CSV file; its folder's name is the corpus' name, and paths start there.
+        needed: The columns that must be there. Without `speaker` every clip counts as a speaker;
+            what else is not there is blank, and a duration 0.
 
     Returns:
-        At least one clip. Every file exists and lies below `folder`.
+        At least one clip. Every file exists and lies below the folder.
 
     Raises:
         CorpusError: No manifest, no rows, a missing column, or a row that is not usable.
     """
-    folder = Path(folder)
-    manifest = folder / "manifest.csv"
+    folder = manifest.parent
     try:
         with manifest.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            missing = [name for name in needed if name not in (reader.fieldnames or ())]
             if missing:
-                raise CorpusError(f"{manifest}: no column {missing[0]!r}, needed are {COLUMNS}")
-            clips = tuple(_clip(row, folder, reader.line_num) for row in reader)
+                raise CorpusError(f"{manifest}: no column {missing[0]!r}, needed are {needed}")
+            clips = tuple(_clip(row, manifest, reader.line_num, needed) for row in reader)
     except OSError as exc:
         raise CorpusError(f"{manifest}: cannot be read ({exc.strerror})") from exc
     except (UnicodeDecodeError, csv.Error) as exc:
@@ -154,20 +160,22 @@ def read_corpus(folder: Path) -> tuple[Clip, ...]:
     return clips
 
 
-def _clip(row: dict[str, str], folder: Path, line: int) -> Clip:
-    where = f"{folder / 'manifest.csv'}, line {line}"
+def _clip(row: dict[str, str], manifest: Path, line: int, needed: Sequence[str]) -> Clip:
+    folder, where = manifest.parent, f"{manifest}, line {line}"
     if None in row or None in row.values():
         raise CorpusError(f"{where}: more or fewer fields than the header has")
-    blank = [name for name in COLUMNS if name != "gender" and not row[name].strip()]
+    blank = [name for name in needed if name != "gender" and not row[name].strip()]
     if blank:
         raise CorpusError(f"{where}: {blank[0]!r} is blank")
+    absent = {"emotion": "", "speaker": f"of line {line}", "gender": "", "language": ""}
+    row = {**absent, "duration_s": "0", **{name: value for name, value in row.items() if value}}
     if row["gender"] not in ("f", "m", ""):
         raise CorpusError(f"{where}: gender {row['gender']!r}, allowed are 'f', 'm' and blank")
     try:
         duration_s = float(row["duration_s"])
     except ValueError:
         duration_s = math.nan
-    if not 0 < duration_s < math.inf:
+    if not 0 <= duration_s < math.inf or (duration_s == 0 and "duration_s" in needed):
         raise CorpusError(f"{where}: duration_s {row['duration_s']!r} is not a positive number")
     relative = os.path.normpath(row["path"])
     if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:

@@ -49,7 +49,7 @@ def write_selftest(graphs: Path, sample: Path, rate_hz: int, window_s: float, fi
 
 
 def make_bundle(
-    metadata: Metadata, graphs: Path, certificate: Path, adaptation: Path, folder: Path
+    metadata: Metadata, graphs: Path, certificate: Path, adaptation: Path | None, folder: Path
 ) -> None:
     """The stage: fill a folder with a bundle, and open it as a user would.
 
@@ -57,7 +57,7 @@ def make_bundle(
         metadata: All but ``files``.
         graphs: Folder of the full-precision and INT8 graphs.
         certificate: Folder of ``certificate.json`` and ``.png``.
-        adaptation: The file of the training stage.
+        adaptation: The file of the training stage, if there is one.
         folder: Takes the bundle.
 
     Raises:
@@ -70,8 +70,10 @@ def make_bundle(
     write_selftest(graphs, sample, rate_hz, window_s, folder / "selftest.npz")
     document = json.loads((certificate / "certificate.json").read_text())
     (folder / "README.md").write_text(model_card(metadata, document), encoding="utf-8")
-    shutil.copyfile(adaptation, folder / ADAPTATION)
-    names = ("README.md", "certificate.json", "certificate.png", "selftest.npz", ADAPTATION)
+    names = {"README.md", "certificate.json", "certificate.png", "selftest.npz"}
+    if adaptation:
+        shutil.copyfile(adaptation, folder / ADAPTATION)
+        names.add(ADAPTATION)
     files = sorted({*names, *(file.name for file in folder.glob("model*"))})
     entries = {
         name: BundleFile(sha256(folder / name), required=name not in OPTIONAL) for name in files
@@ -100,6 +102,7 @@ def describe(
         hop_s=recipe.windows.hop_s,
         temperature=confidence["temperature"],
         abstain_below=confidence["abstain_below"],
+        certified=True,  # a model that misses the gate does not come so far
         encoder={key: value for key, value in asdict(recipe.encoder).items() if value},
         head=asdict(recipe.head),
         teacher=dict(teacher) if teacher else None,

@@ -13,19 +13,26 @@ SYSTEMS = {"fp32": "full precision", "int8_x86": "INT8"}
 
 
 def draw(certificate: Mapping[str, Any], file: Path) -> None:
-    """Draw a certificate as PNG, 1500 x 850 pixels.
+    """Draw a certificate as PNG, 850 pixels high and 500 wide for every two panels.
 
     Args:
-        certificate: The document.
+        certificate: The document; a panel is drawn of each part that it has.
         file: Where to write.
     """
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    panels = (accuracy, confusion, adaptation, reliability, risk, nonspeech)
-    for axis, panel in zip(axes.ravel(), panels, strict=True):
+    panels = [nonspeech, conditions, layers]
+    if "pooled" in certificate["systems"]["fp32"]:
+        panels = [accuracy, confusion, reliability, risk, *panels]
+    if "adapted" in certificate:
+        panels.insert(4, adaptation)
+    columns = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 8.5), layout="constrained")
+    for axis, panel in zip(axes.ravel(), panels, strict=False):
         panel(axis, certificate)
+    for axis in axes.ravel()[len(panels) :]:
+        axis.set_axis_off()
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
@@ -116,3 +123,22 @@ def nonspeech(axis: Any, certificate: Mapping[str, Any]) -> None:
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("share called uncertain")
     axis.set_title(f"INT8, {found['minutes']} minutes of no speech")
+
+
+def conditions(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw how often INT8 says what full precision says, by length, level and noise."""
+    rows = certificate["conditions"]
+    axis.barh([row["condition"] for row in rows], [row["labels_equal"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0.9 * min(row["labels_equal"] for row in rows), 1)
+    axis.set_xlabel("share of equal answers")
+    axis.set_title("INT8 and full precision")
+
+
+def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw the error that INT8 leaves behind the layers where it is largest."""
+    errors = dict(list(certificate["quantization"]["layer_error"].items())[:12])
+    axis.barh([name[-28:] for name in errors], list(errors.values()))
+    axis.invert_yaxis()
+    axis.set_xlabel("error / signal (root mean square)")
+    axis.set_title("INT8, the layers with the largest error")

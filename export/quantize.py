@@ -31,7 +31,6 @@ from export.debias import bias_and_output, correct_biases
 from export.probe import tensor_values
 from export.rounding import round_weights
 from export.smooth import even_out
-from export.speech import Speech
 
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 WEIGHTS = "model_int8.bin"
@@ -249,27 +248,28 @@ def labels_equal(fp32: Path, int8: Path, windows: Sequence[Samples]) -> float:
     return float((answers[0] == answers[1]).mean())
 
 
-def make_int8(speech: Speech, graph: Path, folder: Path) -> None:
+def make_int8(
+    graph: Path, windows: Sequence[Samples], judged: Sequence[Samples], folder: Path
+) -> None:
     """The stage: the INT8 graphs beside the full-precision one, and ``quantization.json``.
 
-    As long as too few windows of the validation speakers keep their label, the layer with the
-    largest error is given back to float. A head that was trained again on all speakers has heard
-    these, and its labels on them are safer than on others; what others get, `certify` tells.
+    As long as too few of the judged windows keep their label, the layer with the largest error is
+    given back to float. A head that was trained again on all speakers has heard those of the
+    validation, and its labels on them are safer than on others; what others get, `certify` tells.
 
     Args:
-        speech: The calibration and validation clips.
         graph: The folder of ``model.onnx``.
+        windows: Calibration speech, each of shape (T,).
+        judged: Speech of the same kind that is not calibrated with.
         folder: Takes the files.
     """
     fp32, int8 = graph / "model.onnx", folder / "model_int8_x86.onnx"
-    windows = speech.first_windows(speech.split.calibration)
-    judged = speech.first_windows(speech.split.validation)
     given_back: list[str] = []
     while True:
         kept = quantize(fp32, windows, folder, given_back)
         equal = labels_equal(fp32, int8, judged)
         errors = layer_errors(fp32, int8, windows[:8])
-        tqdm.write(f"quantize: {equal:.1%} of the validation windows keep their label")
+        tqdm.write(f"quantize: {equal:.1%} of the judged windows keep their label")
         if equal >= ENOUGH_EQUAL or len(given_back) == MOST_GIVEN_BACK:
             break
         given_back.append(next(iter(errors)))

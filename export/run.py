@@ -179,7 +179,7 @@ class Run:
         makes: dict[str, Make] = {
             "train": learn,
             "graph": partial(make_graph, speech, self.weights, folders["train"]),
-            "quantize": partial(make_int8, speech, folders["graph"]),
+            "quantize": self._quantize,
             "certify": self._certify,
             "bundle": self._bundle,
         }
@@ -207,6 +207,11 @@ class Run:
         home = self.out / self.teacher()[0].name
         files = sorted(home.glob("seed*/certify/certificate.json"))
         return [_read_json(file)["systems"] for file in files]
+
+    def _quantize(self, folder: Path) -> None:
+        split, first = self.speech.split, self.speech.first_windows
+        windows, judged = first(split.calibration), first(split.validation)
+        make_int8(self.folder / "graph", windows, judged, folder)
 
     def _certify(self, folder: Path) -> None:
         facts = {

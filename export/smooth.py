@@ -55,7 +55,7 @@ def _even_tensor(
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-        array = np.ascontiguousarray(scaled.swapaxes(0, 1) if _is_output_first(node) else scaled)
+        array = np.ascontiguousarray(_output_first(node, scaled))
         constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
@@ -78,8 +78,26 @@ def _even_tensor(
 def _input_first(node: onnx.NodeProto, weight: onnx.TensorProto) -> Floats:
     """Return a layer's weights with the input channels on the first axis."""
     array = numpy_helper.to_array(weight)
-    return array.swapaxes(0, 1) if _is_output_first(node) else array
+    groups = _groups(node)
+    if not groups:
+        return array
+    # (groups, out, in, ...) of each group: its input channels follow those of the group before.
+    parts = array.reshape(groups, -1, *array.shape[1:]).swapaxes(1, 2)
+    return parts.reshape(-1, *parts.shape[2:])
 
 
-def _is_output_first(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+def _output_first(node: onnx.NodeProto, array: Floats) -> Floats:
+    """Return what `_input_first` returned as the layer has it."""
+    groups = _groups(node)
+    if not groups:
+        return array
+    parts = array.reshape(groups, -1, *array.shape[1:]).swapaxes(1, 2)
+    return parts.reshape(-1, *parts.shape[2:])
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    """Return the groups of a layer whose weights have the output channels first; else 0."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "Conv":
+        return attributes.get("group", 1)
+    return attributes.get("transB", 0)

@@ -141,7 +141,7 @@ def test_a_link_that_leaves_the_bundle(folder):
 
 ENTRY = 'allowed: {"sha256": 64 hex digits, "required": true or false}'
 KEYS = (
-    "abstain_below, corpora, encoder, files, head, hop_s, labels, name, sample_rate_hz, "
+    "abstain_below, certified, corpora, encoder, files, head, hop_s, labels, name, sample_rate_hz, "
     "schema_version, teacher, temperature, tools, window_s"
 )
 FAULTS = [
@@ -175,6 +175,7 @@ FAULTS = [
     ({"temperature": float("nan")}, "temperature is nan; allowed: a number, 0.01 to 100"),
     ({"abstain_below": 1.01}, "abstain_below is 1.01; allowed: a number, 0 to 1"),
     ({"abstain_below": -0.1}, "abstain_below is -0.1; allowed: a number, 0 to 1"),
+    ({"certified": 1}, "certified is 1; allowed: true or false"),
     ({"abstain_below": None}, "abstain_below is None; allowed: a number, 0 to 1"),
     ({"encoder": None}, "encoder is None; allowed: an object"),
     ({"head": "cnn"}, "head is 'cnn'; allowed: an object"),

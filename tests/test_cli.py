@@ -205,16 +205,27 @@ def test_a_full_disk_is_one_line(bundle):
 def test_info(bundle, capsys):
     assert main(["info", "--bundle", bundle]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "name       b",
         f"path       {bundle}",
         "labels     calm, lively, loud",
         "rate       16000 Hz",
         "windows    3 s, one every 1.5 s",
         "uncertain  below 60.0%",
+        "certified  yes",
         "corpora    none",
     ]
     assert lines[-1].split() == ["file", "selftest.npz", "0.10", "MB"]
+
+
+def test_a_bundle_that_is_not_certified_says_so(tmp_path, files, capsys):
+    folder = str(make_bundle(tmp_path / "mine", certified=False))
+    said = "INT8 answers too often otherwise than full precision; see certificate.json"
+    assert main(["info", "--bundle", folder]) == 0
+    assert f"certified  no: {said}" in capsys.readouterr().out.splitlines()
+    for arguments in (["predict", files[0]], ["bench", "--runs", "1"]):
+        assert main([*arguments, "--bundle", folder]) == 0
+        assert capsys.readouterr().err == f"edge-ser: mine is not certified: {said}\n"
 
 
 def test_info_json_is_the_metadata_and_the_path(bundle, capsys):

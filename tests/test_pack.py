@@ -183,7 +183,7 @@ def test_the_card_has_the_table_of_the_certificate(graphs):
         "| balanced | 20 | 0.765 |",
     ]
     assert "the same label as full precision on 98.8% of the clips and keeps 99.1%" in card
-    assert "Seed 7." in card
+    assert "pooled among all labels. Seed 7." in card
     assert "96.4% were called uncertain" in card
 
 

@@ -49,8 +49,8 @@ def test_view_0_is_what_the_runtime_gives_to_the_engine(clips):
     engine = FakeEngine([0.0, 0.0])
     metadata = Metadata(
         name="m", labels=("a", "b"), sample_rate_hz=16000, window_s=0.7, hop_s=0.2,
-        temperature=1.0, abstain_below=0.0, encoder={}, head={}, teacher=None, corpora=(),
-        tools={}, files={},
+        temperature=1.0, abstain_below=0.0, certified=True, encoder={}, head={}, teacher=None,
+        corpora=(), tools={}, files={},
     )  # fmt: skip
     longest = max(clips, key=lambda clip: clip.duration_s)
     for clip in (longest, *clips[:5]):
