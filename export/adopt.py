@@ -36,7 +36,8 @@ def adopt(source: Path, labels: Sequence[str], properties: Mapping[str, Any], fi
     try:
         model = onnx.load(source)
         onnx.checker.check_model(model)
-    except Exception as exc:  # protobuf's, onnx's and the disk's errors share no other base
+        model = _with_constant_weights(model)
+    except Exception as exc:  # those of protobuf, onnx, ONNX Runtime and the disk share no base
         line = str(exc).partition("\n")[0]
         raise RecipeError(f"{str(source)!r} cannot be read as ONNX ({line})") from exc
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
@@ -45,7 +46,6 @@ def adopt(source: Path, labels: Sequence[str], properties: Mapping[str, Any], fi
             f"{str(source)!r} has opset {opset}; allowed are {OPSETS[0]} to {OPSETS[1]}: export it "
             "again, or use onnx.version_converter"
         )
-    model = _with_constant_weights(model)
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
@@ -109,7 +109,12 @@ def _with_constant_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(after)
         onnxruntime.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
-        return onnx.load(after)
+        folded = onnx.load(after)
+    used = {node.domain for node in folded.graph.node}  # it names all that it knows
+    kept = [one for one in folded.opset_import if one.domain in used]
+    del folded.opset_import[:]
+    folded.opset_import.extend(kept)
+    return folded
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
