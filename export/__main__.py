@@ -105,7 +105,11 @@ def _add_quantize(verbs: Any) -> None:
     )
     own.add_argument("model", help="folder or hub id of transformers, or an ONNX file")
     own.add_argument(
-        "--calibration", type=Path, required=True, metavar="CSV", help="clips like those to come"
+        "--calibration",
+        type=Path,
+        required=True,
+        metavar="CSV",
+        help="clips like those to come, not those that it was trained on",
     )
     own.add_argument("--evaluation", type=Path, metavar="CSV", help="labelled clips to score")
     own.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
