@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -253,17 +254,29 @@ def test_weights_that_are_computed_from_constants_become_constants(tmp_path):
     assert {p.key: p.value for p in model.metadata_props} == {"x": "1"}
 
 
+def call_it_embedding(model):
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = ["embedding" if value == "bent" else value for value in values]
+
+
+def test_a_value_inside_may_be_called_as_an_output_is(tmp_path):
+    file = loudness(tmp_path / "m.onnx")
+    changed(file, call_it_embedding)
+    adopt(file, ("a", "b", "c"), {}, tmp_path / "out.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    logits, embedding = session.run(None, {"samples": np.full((1, 100), 0.25, np.float32)})
+    np.testing.assert_array_equal(logits, embedding)
+    np.testing.assert_allclose(logits[0], np.tanh(np.arange(3) * 8 * 0.25) * 3, rtol=1e-6)
+
+
 def test_an_embedding_of_the_graph_is_kept(tmp_path):
     file = loudness(tmp_path / "m.onnx")
 
     def tell(model):
-        model.graph.output.append(
-            helper.make_tensor_value_info("bent", TensorProto.FLOAT, ["batch", 3])
-        )
-        for node in model.graph.node:
-            for values in (node.input, node.output):
-                values[:] = ["embedding" if value == "bent" else value for value in values]
-        model.graph.output[1].name = "embedding"
+        call_it_embedding(model)
+        shape = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 3])
+        model.graph.output.append(shape)
 
     changed(file, tell)
     adopt(file, ("a", "b", "c"), {}, tmp_path / "out.onnx")
