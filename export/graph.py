@@ -1,8 +1,10 @@
 """The full-precision ONNX graph: samples to logits and embedding, checked against torch."""
 
+import ast
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ from tqdm import tqdm
 from edge_ser.bundle import SCHEMA_VERSION
 from export.errors import CertificateError
 from export.model import Classifier, load_classifier
+from export.quantize import QUANTIZED
 from export.speech import RATE_HZ, Speech
 
 OPSET = 20  # LayerNormalization stays one node; TensorRT 10.3 and ONNX Runtime 1.20 both read it
 OUTPUTS = ("logits", "embedding")
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Layers are called as the modules of the network are, which the exporter notes here."""
+
 PARITY = 1e-4  # largest difference of a logit from torch's
 
 
@@ -55,7 +61,13 @@ def export_graph(
     # A value inside may be called as an output is: the lookup of an embedding, for one.
     names = {name: f"{name}_inside" for name in OUTPUTS}
     names |= {f"{name}_output": name for name in OUTPUTS}
+    taken = Counter[str]()
     for node in proto.graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        if node.op_type in QUANTIZED and SCOPES in notes:
+            place = ast.literal_eval(notes[SCOPES])[-2]  # the module; behind it the operation
+            taken[place] += 1
+            node.name = place + (f"_{taken[place]}" if taken[place] > 1 else "")
         # The exporter notes the source lines, with their place on this disk.
         del node.metadata_props[:]
         for values in (node.input, node.output):

@@ -161,7 +161,7 @@ def test_a_model_that_misses_the_gate_is_refused_or_says_so(home, monkeypatch, c
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("export: int8 keeps ")
     assert "most recall is lost on" in line
-    assert "the largest errors are in the layers node_" in line
+    assert "the largest errors are in the layers encoder.model." in line
     assert line.endswith("; --allow-uncertified packs it all the same")
     folder = home / "out" / "missed" / "bundle"
     assert not folder.exists()

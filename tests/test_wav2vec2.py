@@ -122,6 +122,14 @@ def test_the_graph_is_that_of_torch_at_every_length(tmp_path, kind):
     weighty = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
     computed = [n.name for n in weighty if n.input[1] not in constants]
     assert len(computed) == 2 * choice.layers  # the two products of each attention
+    names = [node.name for node in weighty]
+    assert len(set(names)) == len(names)
+    assert {
+        "encoder.model.feature_extractor.conv_layers.6.conv",
+        "encoder.model.encoder.layers.1.attention.found.q_proj"
+        if kind == "wavlm"
+        else "encoder.model.encoder.layers.1.attention.q_proj",
+    } <= set(names)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     both = np.concatenate([windows[1][None], -windows[1][None]])
     alone = [session.run(["logits"], {"samples": row[None]})[0][0] for row in both]
