@@ -49,7 +49,7 @@ def locate(source: str, weights: Path | None = None) -> Path:
     except (OSError, ValueError) as exc:  # the bases of all that the hub raises
         line = str(exc).partition("\n")[0]
         raise RecipeError(
-            f"no checkpoint {source!r}: neither a folder nor a hub id ({line})"
+            f"no checkpoint {source!r}: neither a folder under --weights nor a hub id ({line})"
         ) from exc
     return folder
 
