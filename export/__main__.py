@@ -22,9 +22,9 @@ The bundle lies in OUT/NAME/seedN/bundle: edge-ser predict FILE --bundle OUT/NAM
 
 
 OWN = """A CSV file has the columns path and, for evaluation, emotion; speaker and language if they
-are known. Paths start at its folder. A quarter of the calibration clips is not calibrated with: it
-tells whether INT8 answers as full precision does and, where emotions are given, how sure the model
-may be.
+are known. Paths start at its folder. A quarter of the calibration clips is not calibrated with: one
+half of it decides which layers stay float and, where emotions are given, how sure the model may be;
+the other half judges where there is no --evaluation.
 
 examples:
   python -m export quantize ./my-wav2vec2 --calibration train.csv --evaluation test.csv --out DIR

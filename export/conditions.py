@@ -12,8 +12,8 @@ from edge_ser.bundle import Metadata
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer, probabilities
 from export import metrics
-from export.augment import add_noise
 from export.corpora import Clip, read_samples
+from export.effects import add_noise
 
 MOST = 200  # clips a row; all that are offered would take longer than everything before
 LENGTHS_S = (1, 3, 7)
@@ -54,6 +54,12 @@ def of_length(clips: Sequence[Clip], length_s: float, rate_hz: int) -> list[tupl
     return found
 
 
+def spread_over(clips: Sequence[Clip], most: int) -> list[Clip]:
+    """Return so many clips at most, evenly from the first to the last."""
+    places = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
+    return [clips[place] for place in places]
+
+
 def changes(rate_hz: int) -> dict[str, Change]:
     """Return what is done to whole clips, by the name of the row."""
 
@@ -91,8 +97,7 @@ def rows(
     """
     rate_hz = metadata.sample_rate_hz
     recognizers = [Recognizer(metadata, OnnxEngine(file)) for file in (fp32, int8)]
-    places = np.linspace(0, len(clips) - 1, min(MOST, len(clips))).astype(int)
-    chosen = [clips[place] for place in places]
+    chosen = spread_over(clips, MOST)
     sets: dict[str, list[tuple[Clip, Samples]]] = {
         f"{length_s} s": of_length(chosen, length_s, rate_hz) for length_s in LENGTHS_S
     }

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ser.audio import Samples
-from export.augment import add_noise
+from export.effects import add_noise
 
 KINDS = ("noise", "music", "hum", "silence")
 

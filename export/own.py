@@ -16,6 +16,7 @@ from export.adopt import adopt
 from export.augment import Augmentation
 from export.certify import agree, certify, predict, write_certificate
 from export.checkpoint import locate
+from export.conditions import spread_over
 from export.confidence import abstain_threshold, clip_probs, fit_temperature
 from export.corpora import Clip, label_mask, read_manifest
 from export.errors import CertificateError, CorpusError, RecipeError
@@ -76,10 +77,13 @@ def quantize_model(own: Own) -> Path:
     clips = read_manifest(own.calibration, ("path",))
     if len(clips) < FEWEST:
         raise CorpusError(f"{own.calibration}: {len(clips)} clips, allowed are {FEWEST} or more")
-    # A quarter is not calibrated with, and judges.
-    judged = _spread(clips[3::4], JUDGED)
-    calibration = _spread([clip for n, clip in enumerate(clips) if n % 4 != 3], CALIBRATION)
+    # A quarter is not calibrated with: one half of it chooses, the other judges what was chosen.
+    choosing, judged = spread_over(clips[3::8], JUDGED), spread_over(clips[7::8], JUDGED)
+    calibration = spread_over([clip for n, clip in enumerate(clips) if n % 4 != 3], CALIBRATION)
     asked = read_manifest(own.evaluation, ("path", "emotion")) if own.evaluation else ()
+    both = {clip.path.resolve() for clip in clips} & {clip.path.resolve() for clip in asked}
+    if both:
+        raise CorpusError(f"{own.evaluation}: {min(both).name!r} is calibrated with as well")
     folders = {
         stage: home / stage for stage in ("graph", "confidence", "quantize", "certify", "bundle")
     }
@@ -98,16 +102,16 @@ def quantize_model(own: Own) -> Path:
             raise CorpusError(
                 f"{own.evaluation}: emotion {clip.emotion!r}, allowed are {', '.join(labels)}"
             )
-    heard = fingerprint(clip.path for clip in (*calibration, *judged, *asked))
+    heard = fingerprint(clip.path for clip in (*calibration, *choosing, *judged, *asked))
     reads = {"after": key, "clips": heard, "emotions": [clip.emotion for clip in clips]}
     plain = _metadata(own, name, labels)
-    make = partial(_confidence, plain, folders["graph"], judged)
+    make = partial(_confidence, plain, folders["graph"], choosing)
     key = run_stage(folders["confidence"], reads, make)
     known = json.loads((folders["confidence"] / "confidence.json").read_text())
     metadata = _metadata(own, name, labels, **known)
 
     def quantize(folder: Path) -> None:
-        make_int8(folders["graph"], windows(calibration), windows(judged), folder)
+        make_int8(folders["graph"], windows(calibration), windows(choosing), folder)
 
     key = run_stage(folders["quantize"], {"after": key}, quantize)
     emotions = [[clip.emotion, clip.speaker_key] for clip in asked]
@@ -121,11 +125,6 @@ def quantize_model(own: Own) -> Path:
     run_stage(folders["bundle"], {"after": key, "name": name}, make)
     print(table(folders["bundle"]))
     return folders["bundle"]
-
-
-def _spread(clips: Sequence[Clip], most: int) -> list[Clip]:
-    places = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
-    return [clips[place] for place in places]
 
 
 def _first_windows(clips: Sequence[Clip], cutting: Cutting) -> list[Samples]:

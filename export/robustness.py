@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from edge_ser.recognizer import windows
 from export import metrics
-from export.augment import add_noise, clip_peaks, telephone, tilt
 from export.confidence import clip_probs
 from export.corpora import Clip, read_samples
+from export.effects import add_noise, clip_peaks, telephone, tilt
 from export.errors import RecipeError
 from export.metrics import Ints
 from export.model import load_classifier

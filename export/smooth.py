@@ -49,13 +49,15 @@ def _even_tensor(
     graph: onnx.GraphProto, tensor: str, layers: Sequence[onnx.NodeProto], loudest: Floats
 ) -> None:
     constants = {constant.name: constant for constant in graph.initializer}
-    weights = [_input_first(node, constants[node.input[1]]) for node in layers]  # (in, ...)
+    weights = [
+        _turned(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
+    ]  # (in, ...)
     heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
     factor = np.maximum(loudest, 1e-5) ** STRENGTH / np.maximum(heaviest, 1e-5) ** (1 - STRENGTH)
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-        array = np.ascontiguousarray(_output_first(node, scaled))
+        array = np.ascontiguousarray(_turned(node, scaled))
         constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
@@ -75,23 +77,16 @@ def _even_tensor(
         node.input[0] = even
 
 
-def _input_first(node: onnx.NodeProto, weight: onnx.TensorProto) -> Floats:
-    """Return a layer's weights with the input channels on the first axis."""
-    array = numpy_helper.to_array(weight)
+def _turned(node: onnx.NodeProto, weights: Floats) -> Floats:
+    """Exchange the axes of input and output channels; twice, the weights are as they were.
+
+    The first axis of the result is that of the input channels. In a grouped convolution those of a
+    group follow those of the group before.
+    """
     groups = _groups(node)
     if not groups:
-        return array
-    # (groups, out, in, ...) of each group: its input channels follow those of the group before.
-    parts = array.reshape(groups, -1, *array.shape[1:]).swapaxes(1, 2)
-    return parts.reshape(-1, *parts.shape[2:])
-
-
-def _output_first(node: onnx.NodeProto, array: Floats) -> Floats:
-    """Return what `_input_first` returned as the layer has it."""
-    groups = _groups(node)
-    if not groups:
-        return array
-    parts = array.reshape(groups, -1, *array.shape[1:]).swapaxes(1, 2)
+        return weights
+    parts = weights.reshape(groups, -1, *weights.shape[1:]).swapaxes(1, 2)
     return parts.reshape(-1, *parts.shape[2:])
 
 

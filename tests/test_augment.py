@@ -6,13 +6,12 @@ import scipy.signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.augment import (
+from export.augment import Augmentation, augment
+from export.effects import (
     CODECS,
-    Augmentation,
     add_noise,
     add_tone,
     at_level_of,
-    augment,
     clip_peaks,
     coded,
     gain,

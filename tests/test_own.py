@@ -198,6 +198,10 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
     assert refused(command(home, model, *more), capsys) == (
         f"{few}: emotion 'joy', allowed are low, mid, high"
     )
+    write(few, [["path", "emotion"], ["nemo/002.wav", "low"]])
+    assert refused(command(home, model, *more), capsys) == (
+        f"{few}: '002.wav' is calibrated with as well"
+    )
     with pytest.raises(SystemExit):
         main(command(home, model, "--labels", "a,a"))
     assert "allowed: two or more names" in capsys.readouterr().err
