@@ -11,7 +11,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from export.errors import RecipeError
-from export.quantize import QUANTIZED
+from export.qdq import QUANTIZED
 
 OPSETS = (17, 22)
 """From the one where LayerNormalization is one node to the last that TensorRT 10.3 reads."""

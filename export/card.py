@@ -1,6 +1,7 @@
 """The model card: the README of a bundle, generated from its metadata and its certificate."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
         "and noise:",
         "",
         table(certificate["conditions"]),
+        *_float_layers(certificate["quantization"]),
         *(_adapted(certificate["adapted"]) if "adapted" in certificate else ()),
         f"Of {no_speech['minutes']} minutes of noise, tones like music, hum and silence, "
         f"{no_speech['uncertain']:.1%} were called uncertain.",
@@ -94,6 +96,16 @@ def _scores(certificate: Mapping[str, Any]) -> list[str]:
         f"{cell(int8['pooled']['ua'])} |",
         "",
     ]
+
+
+def _float_layers(found: Mapping[str, Any]) -> list[str]:
+    """Name the layers that could be INT8 and are not; count the others, which stay so anyway."""
+    counts = Counter(
+        reason for name, reason in found["float_nodes"].items() if name not in found["given_back"]
+    )
+    named = [f"`{name}` ({found['float_nodes'][name]})" for name in found["given_back"]]
+    kinds = [f"{count} {reason}" for reason, count in counts.items()]
+    return [f"Layers that stay float: {', '.join([*named, *kinds])}.", ""]
 
 
 def _adapted(rows: list[Mapping[str, Any]]) -> list[str]:

@@ -236,9 +236,9 @@ def check_gate(certificate: Mapping[str, Any]) -> None:
             ua = f"{gate['ua_kept']:.2%} of the UA (allowed: {UA_KEPT:.0%} or more)"
             classes = sorted(gate["recall_lost"], key=gate["recall_lost"].get, reverse=True)[:2]
             kept, lost = f"{ua} and {kept}", f"most recall is lost on {', '.join(classes)}; "
-        layers = list(certificate["quantization"]["layer_error"])[:3]
+        layers = list(certificate["quantization"]["alone"])[:3]
         raise CertificateError(
-            f"{name} keeps {kept}; {lost}the largest errors are in the layers {', '.join(layers)}"
+            f"{name} keeps {kept}; {lost}INT8 costs most in the layers {', '.join(layers)}"
         )
 
 

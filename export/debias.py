@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from tqdm import tqdm
 
 from export.probe import Floats, tensor_values
+from export.qdq import bias_and_output, unsigned
 
 
 def correct_biases(
@@ -32,26 +34,28 @@ def correct_biases(
             bias, tensor = bias_and_output(int8.graph, node, constants)
             if bias:
                 places[tensor] = (bias, 1 if node.op_type == "Conv" else -1)
-    if not places:
-        return
-    expected = _means(fp32, {tensor: axis for tensor, (_, axis) in places.items()}, windows)
-    for tensor, (bias, axis) in places.items():
-        found = _means(int8, {tensor: axis}, windows)
-        array = numpy_helper.to_array(constants[bias]) + expected[tensor] - found[tensor]
-        constants[bias].CopyFrom(numpy_helper.from_array(array.astype(np.float32), bias))
+    axes = {tensor: axis for tensor, (_, axis) in places.items()}
+    expected = _means(fp32, axes, windows)
+    # All at once would not do: each would make up for what those before it have made up for.
+    for level in tqdm(levels(int8.graph, list(places)), desc="bias correction", unit="level"):
+        found = _means(unsigned(int8), {tensor: axes[tensor] for tensor in level}, windows)
+        for tensor in level:
+            bias = constants[places[tensor][0]]
+            array = numpy_helper.to_array(bias) + expected[tensor] - found[tensor]
+            bias.CopyFrom(numpy_helper.from_array(array.astype(np.float32), bias.name))
 
 
-def bias_and_output(
-    graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
-) -> tuple[str | None, str]:
-    """Return the constant that is added to a layer's output, and the tensor behind the sum."""
-    if node.op_type in ("Conv", "Gemm"):
-        return (node.input[2] if len(node.input) > 2 else None), node.output[0]
-    readers = [reader for reader in graph.node if node.output[0] in reader.input]
-    if len(readers) == 1 and readers[0].op_type == "Add":
-        bias = next((name for name in readers[0].input if name in constants), None)
-        return bias, readers[0].output[0]
-    return None, node.output[0]
+def levels(graph: onnx.GraphProto, tensors: Sequence[str]) -> list[list[str]]:
+    """Return tensors in groups, first to last, in which none depends on another."""
+    depth: dict[str, int] = {}
+    for node in graph.node:
+        below = max((depth.get(name, 0) for name in node.input), default=0)
+        for output in node.output:
+            depth[output] = below + (output in tensors)
+    groups: dict[int, list[str]] = {}
+    for tensor in sorted(tensors, key=depth.__getitem__):
+        groups.setdefault(depth[tensor], []).append(tensor)
+    return list(groups.values())
 
 
 def _means(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from edge_ser.bundle import SCHEMA_VERSION
 from export.errors import CertificateError
 from export.model import Classifier, load_classifier
-from export.quantize import QUANTIZED
+from export.qdq import QUANTIZED
 from export.speech import RATE_HZ, Speech
 
 OPSET = 20  # LayerNormalization stays one node; TensorRT 10.3 and ONNX Runtime 1.20 both read it

@@ -24,7 +24,7 @@ from export.finetuned import load_finetuned
 from export.graph import check_parity, export_graph
 from export.pack import make_bundle, tool_versions
 from export.quantize import make_int8
-from export.recipe import Windows
+from export.recipe import Quantize, Windows
 from export.speech import RATE_HZ
 from export.stage import fingerprint, run_stage
 from export.views import Cutting, Samples, view_windows
@@ -111,7 +111,7 @@ def quantize_model(own: Own) -> Path:
     metadata = _metadata(own, name, labels, **known)
 
     def quantize(folder: Path) -> None:
-        make_int8(folders["graph"], windows(calibration), windows(choosing), folder)
+        make_int8(folders["graph"], windows(calibration), windows(choosing), Quantize(), folder)
 
     key = run_stage(folders["quantize"], {"after": key}, quantize)
     emotions = [[clip.emotion, clip.speaker_key] for clip in asked]

@@ -22,7 +22,7 @@ def draw(certificate: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [nonspeech, conditions, layers]
+    panels = [nonspeech, conditions, layers, float_layers]
     if "pooled" in certificate["systems"]["fp32"]:
         panels = [accuracy, confusion, reliability, risk, *panels]
     if "adapted" in certificate:
@@ -136,9 +136,26 @@ def conditions(axis: Any, certificate: Mapping[str, Any]) -> None:
 
 
 def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
-    """Draw the error that INT8 leaves behind the layers where it is largest."""
-    errors = dict(list(certificate["quantization"]["layer_error"].items())[:12])
-    axis.barh([name[-28:] for name in errors], list(errors.values()))
+    """Draw the layers whose rounding alone moves the answers most; hatched, those left float."""
+    found = certificate["quantization"]
+    worst = dict(list(found["alone"].items())[:12])
+    bars = axis.barh([name[-28:] for name in worst], list(worst.values()))
+    for bar, name in zip(bars, worst, strict=True):
+        bar.set_hatch("//" if name in found["given_back"] else "")
     axis.invert_yaxis()
-    axis.set_xlabel("error / signal (root mean square)")
-    axis.set_title("INT8, the layers with the largest error")
+    axis.set_xscale("log")
+    axis.set_xlabel("divergence of the answers, nats")
+    axis.set_title("One layer in INT8, the worst (hatched: float)")
+
+
+def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:
+    """Draw what more float layers would give and cost."""
+    rows = certificate["quantization"]["front"][:-1]  # the last is full precision
+    axis.plot([row["time"] for row in rows], [row["divergence"] for row in rows], marker="o")
+    for row in rows:
+        text = f" {row['float_layers']}, {row['mb']:.1f} MB"
+        axis.annotate(text, (row["time"], row["divergence"]))
+    axis.set_yscale("log")
+    axis.set_xlabel("time, full precision is 1")
+    axis.set_ylabel("divergence of the answers, nats")
+    axis.set_title("With more float layers")

@@ -1,6 +1,6 @@
 """What flows through a graph: the values of any of its tensors on speech."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,33 @@ def tensor_values(
     if not names:
         return
     probed = onnx.ModelProto.FromString(model.SerializeToString())
-    del probed.graph.output[:]
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    graph = probed.graph
+    nodes = computing(graph, names)  # ONNX Runtime would compute all the others as well
+    del graph.node[:], graph.output[:]
+    graph.node.extend(nodes)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = session_of(probed)
     for window in windows:
         values = session.run(list(names), {"samples": window[None]})
         yield dict(zip(names, values, strict=True))
+
+
+def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Return a session that runs a graph on the processor."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of every constant that is not read any more
+    # A waiting thread must not burn a core that a training beside it needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def computing(graph: onnx.GraphProto, names: Collection[str]) -> list[onnx.NodeProto]:
+    """Return the nodes that tensors depend on, in their order."""
+    needed, nodes = set(names), []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            nodes.append(node)
+    return nodes[::-1]

@@ -1,4 +1,4 @@
-"""INT8: one static calibration, explicit Q/DQ, and the two graphs that share its weights.
+"""INT8: one static calibration, explicit Q/DQ, and the graphs that share its weights.
 
 The signed graph is the only form that TensorRT 10.3 and 11 both accept (symmetric, zero points 0,
 weights per channel). Its activations rewritten to unsigned with zero point 128 stand for the same
@@ -9,14 +9,10 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
-from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -27,89 +23,84 @@ from onnxruntime.quantization import (
 from tqdm import tqdm
 
 from export.centre import centre
-from export.debias import bias_and_output, correct_biases
-from export.probe import tensor_values
+from export.clip import clip_ranges
+from export.debias import correct_biases
+from export.probe import Floats
+from export.qdq import (
+    QUANTIZED,
+    as_float,
+    drop_unused,
+    float_nodes,
+    save_with_shared_weights,
+    unsigned,
+)
+from export.recipe import Quantize
 from export.rounding import round_weights
+from export.sensitivity import front, least_float, walk
 from export.smooth import even_out
 
-QUANTIZED = ("Conv", "Gemm", "MatMul")
-WEIGHTS = "model_int8.bin"
-
-ENOUGH_EQUAL = 0.98  # what the gate asks for; a float layer costs size and time
-MOST_GIVEN_BACK = 4
 ROUNDING_WINDOWS = 48
-DEBIAS_WINDOWS = 24  # each layer's turn runs all of them
-
-Samples = npt.NDArray[np.float32]
+DEBIAS_WINDOWS = 24  # each level's turn runs all of them
+WALK_WINDOWS = 24  # each layer's turn runs all of them
 
 
 class _Windows(CalibrationDataReader):  # type: ignore[misc]
     """Feeds windows one by one: they differ in length."""
 
-    def __init__(self, windows: Sequence[Samples]) -> None:
-        self._left: Iterator[Samples] = iter(windows)
+    def __init__(self, windows: Sequence[Floats]) -> None:
+        self._left: Iterator[Floats] = iter(windows)
 
-    def get_next(self) -> dict[str, Samples] | None:
+    def get_next(self) -> dict[str, Floats] | None:
         window = next(self._left, None)
         return None if window is None else {"samples": window[None]}
 
 
-def float_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Return the Conv, Gemm and MatMul nodes that stay float.
-
-    The log-mel front end spans more decades than 8 bits hold, and so do raw samples. A convolution
-    with a single input channel hears these, or a channel each, which INT8 does not make faster.
-    Products of two activations are the attention, whose probabilities shrink with the length of the
-    window. The last layers give the logits, and cost nothing.
-    """
-    constants = {tensor.name: tensor.dims for tensor in graph.initializer}
-    front_end = {name for name in constants if ".mel." in name}
-    producers = {output: node for node in graph.node for output in node.output}
-    kept = [
-        node.name
-        for node in graph.node
-        if node.op_type in QUANTIZED
-        and (
-            front_end & set(node.input)
-            or node.input[1] not in constants
-            or (node.op_type == "Conv" and constants[node.input[1]][1] == 1)
-        )
-    ]
-    return [*kept, *(node.name for node in _last_layers(producers, "logits"))]
-
-
-def _last_layers(producers: Mapping[str, onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """Return the layers whose sum is an output."""
-    node = producers[output]
-    if node.op_type in QUANTIZED:
-        return [node]
-    return [
-        layer for name in node.input if name in producers for layer in _last_layers(producers, name)
-    ]
-
-
 def quantize(
-    fp32: Path, windows: Sequence[Samples], folder: Path, given_back: Sequence[str] = ()
-) -> list[str]:
-    """Write ``model_int8.onnx``, ``model_int8_x86.onnx`` and the weights of both.
+    fp32: onnx.ModelProto, windows: Sequence[Floats], settings: Quantize | None = None
+) -> tuple[onnx.ModelProto, onnx.ModelProto, list[str]]:
+    """Quantize every layer that `export.qdq.float_nodes` does not name.
 
     Args:
-        fp32: The full-precision graph.
+        fp32: The full-precision graph; left as it is.
         windows: Calibration speech, each of shape (T,).
-        folder: Takes the three files.
-        given_back: Names of layers that stay float besides those of `float_nodes`.
+        settings: The recipe's; what they say of the cost is not looked at.
 
     Returns:
-        Names of the nodes that stayed float.
+        Full precision, evened out and centred, which changes nothing; the signed Q/DQ graph, its
+        nodes and tensors called alike; and the names of the quantized layers.
     """
-    model = onnx.load(fp32)
-    kept = [*float_nodes(model.graph), *given_back]
-    layers = [n.name for n in model.graph.node if n.op_type in QUANTIZED and n.name not in kept]
+    settings = settings or Quantize()
+    exact = onnx.ModelProto.FromString(fp32.SerializeToString())
+    kept = float_nodes(exact.graph)
+    layers = [n.name for n in exact.graph.node if n.op_type in QUANTIZED and n.name not in kept]
     # Stale shapes of the exporter contradict those that the quantizer infers.
-    del model.graph.value_info[:]
-    for change in (even_out, centre):
-        change(model, layers, windows)
-        _drop_unused(model.graph)  # ONNX Runtime would warn of each constant that was replaced
+    del exact.graph.value_info[:]
+    if settings.smoothing:
+        even_out(exact, layers, windows, settings.smoothing)
+        drop_unused(exact.graph)  # ONNX Runtime would warn of each constant that was replaced
+    if settings.centring:
+        centre(exact, layers, windows)
+        drop_unused(exact.graph)
+    int8 = calibrate(exact, windows, list(kept))
+    if settings.clipping:
+        clip_ranges(exact, int8, windows[:ROUNDING_WINDOWS], layers)
+    if settings.gptq:
+        round_weights(exact, int8, windows[:ROUNDING_WINDOWS], layers)
+    if settings.bias_correction:
+        correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers)
+    return exact, int8, layers
+
+
+def calibrate(
+    model: onnx.ModelProto, windows: Sequence[Floats], kept: Sequence[str]
+) -> onnx.ModelProto:
+    """Return the signed Q/DQ graph of a graph, its ranges those of calibration speech.
+
+    Args:
+        model: Full precision.
+        windows: Calibration speech, each of shape (T,).
+        kept: Names of the nodes that stay float.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         plain, signed = Path(scratch) / "plain.onnx", Path(scratch) / "signed.onnx"
         onnx.save(model, plain)
@@ -119,7 +110,7 @@ def quantize(
             quantize_static(
                 plain,
                 signed,
-                _Windows(windows),
+                _Windows(tqdm(windows, desc="calibration", unit="window")),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
                 nodes_to_exclude=kept,
@@ -138,147 +129,49 @@ def quantize(
             )
         finally:
             logging.disable(logging.NOTSET)
-        int8 = onnx.load(signed)
-    round_weights(model, int8, windows[:ROUNDING_WINDOWS], layers)
-    correct_biases(model, int8, windows[:DEBIAS_WINDOWS], layers)
-    save_with_shared_weights(
-        {folder / "model_int8.onnx": int8, folder / "model_int8_x86.onnx": unsigned(int8)}
-    )
-    return kept
-
-
-def layer_errors(fp32: Path, int8: Path, windows: Sequence[Samples]) -> dict[str, float]:
-    """Return how far the output of each quantized layer is from full precision, worst first.
-
-    The error of a layer holds those of the layers before it. It is the root mean square of the
-    difference over that of the full-precision output.
-    """
-    models = [onnx.load(file) for file in (fp32, int8)]
-    quantized = models[1].graph
-    scaled = {node.output[0] for node in quantized.node if node.op_type == "DequantizeLinear"}
-    constants = {tensor.name: tensor for tensor in quantized.initializer}
-    there = {output for node in models[0].graph.node for output in node.output}
-    layers = {}
-    for node in quantized.node:
-        if node.op_type in QUANTIZED and node.input[0] in scaled and node.input[1] in scaled:
-            # Behind the bias: before it, a centred layer differs by what the bias makes up for.
-            output = bias_and_output(quantized, node, constants)[1]
-            if output in there:
-                layers[output] = node.name
-    squares = np.zeros((len(layers), 2))
-    pairs = zip(*(tensor_values(m, list(layers), windows) for m in models), strict=True)
-    for exact, rounded in pairs:
-        for row, output in enumerate(layers):
-            difference = exact[output] - rounded[output]
-            squares[row] += np.square(difference).sum(), np.square(exact[output]).sum()
-    errors = np.sqrt(squares[:, 0] / squares[:, 1])
-    return {
-        name: float(error)
-        for error, name in sorted(zip(errors, layers.values(), strict=True), reverse=True)
-    }
-
-
-def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy whose quantized activations are uint8 with zero point 128.
-
-    Every integer moves up by 128 and so does the zero point, so each stands for the same number.
-    """
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    graph = model.graph
-    weights = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8 and t.dims}
-    zero = "zero_point_128"
-    graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), zero))
-    for node in graph.node:
-        if node.op_type == "QuantizeLinear" or (
-            node.op_type == "DequantizeLinear" and node.input[0] not in weights
-        ):
-            node.input[2] = zero
-    _drop_unused(graph)
-    return model
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def save_with_shared_weights(models: Mapping[Path, onnx.ModelProto], least: int = 1024) -> None:
-    """Write graphs whose large tensors lie once, for all of them, in `WEIGHTS` beside them.
-
-    Args:
-        models: Graph by file; all files in one folder. Tensors of one name must be equal.
-        least: Smaller tensors stay inside, in bytes.
-    """
-    places: dict[str, tuple[int, bytes]] = {}
-    folder = next(iter(models)).parent
-    with (folder / WEIGHTS).open("wb") as stream:
-        for file, model in models.items():
-            for tensor in model.graph.initializer:
-                raw = numpy_helper.to_array(tensor).tobytes()
-                if len(raw) < least:
-                    continue
-                if tensor.name not in places:
-                    places[tensor.name] = (stream.tell(), raw)
-                    stream.write(raw)
-                offset, stored = places[tensor.name]
-                if stored != raw:
-                    raise ValueError(f"two graphs hold different values of {tensor.name}")
-                kind, dims, name = tensor.data_type, list(tensor.dims), tensor.name
-                tensor.Clear()
-                tensor.name, tensor.data_type = name, kind
-                tensor.dims.extend(dims)
-                tensor.data_location = TensorProto.EXTERNAL
-                entries = {"location": WEIGHTS, "offset": offset, "length": len(raw)}
-                for key, value in entries.items():
-                    tensor.external_data.add(key=key, value=str(value))
-            file.write_bytes(model.SerializeToString())
-    for file in models:
-        onnx.checker.check_model(str(file))  # by path: only so does it find the weights
-
-
-def labels_equal(fp32: Path, int8: Path, windows: Sequence[Samples]) -> float:
-    """Return the share of windows that two graphs give the same label."""
-    answers = []
-    for file in (fp32, int8):
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        logits = [session.run(["logits"], {"samples": window[None]})[0] for window in windows]
-        answers.append(np.concatenate(logits).argmax(axis=1))
-    return float((answers[0] == answers[1]).mean())
+        return onnx.load(signed)
 
 
 def make_int8(
-    graph: Path, windows: Sequence[Samples], judged: Sequence[Samples], folder: Path
+    graph: Path,
+    windows: Sequence[Floats],
+    judged: Sequence[Floats],
+    settings: Quantize,
+    folder: Path,
 ) -> None:
     """The stage: the INT8 graphs beside the full-precision one, and ``quantization.json``.
 
-    As long as too few of the judged windows keep their label, the layer with the largest error is
-    given back to float. A head that was trained again on all speakers has heard those of the
-    validation, and its labels on them are safer than on others; what others get, `certify` tells.
+    As long as the judged windows are answered too differently, one layer more stays float: that
+    whose rounding alone moves the answers most. A head that was trained again on all speakers has
+    heard those of the validation, and its labels on them are safer than on others; so the
+    divergence of the answers is looked at as well.
 
     Args:
         graph: The folder of ``model.onnx``.
         windows: Calibration speech, each of shape (T,).
         judged: Speech of the same kind that is not calibrated with.
+        settings: The recipe's.
         folder: Takes the files.
     """
-    fp32, int8 = graph / "model.onnx", folder / "model_int8_x86.onnx"
-    given_back: list[str] = []
-    while True:
-        kept = quantize(fp32, windows, folder, given_back)
-        equal = labels_equal(fp32, int8, judged)
-        errors = layer_errors(fp32, int8, windows[:8])
-        tqdm.write(f"quantize: {equal:.1%} of the judged windows keep their label")
-        if equal >= ENOUGH_EQUAL or len(given_back) == MOST_GIVEN_BACK:
-            break
-        given_back.append(next(iter(errors)))
-        tqdm.write(f"quantize: layer {given_back[-1]} goes back to float")
+    model = onnx.load(graph / "model.onnx")
+    exact, int8, layers = quantize(model, windows, settings)
+    some = judged[:: max(1, len(judged) // WALK_WINDOWS)]
+    alone = walk(exact, int8, layers, some)
+    given_back, left = least_float(
+        exact, int8, list(alone)[: settings.most_float], judged,
+        equal=settings.labels_equal, most_apart=settings.divergence,
+    )  # fmt: skip
+    chosen = as_float(int8, exact, given_back)
+    save_with_shared_weights(
+        {folder / "model_int8.onnx": chosen, folder / "model_int8_x86.onnx": unsigned(chosen)}
+    )
+    reasons = {name: f"alone {alone[name]:.1e} nats" for name in given_back}
     found = {
-        "float_nodes": kept,
+        "float_nodes": {**float_nodes(model.graph), **reasons},
         "given_back": given_back,
-        "validation_labels_equal": equal,
-        "layer_error": errors,
+        "validation": left,
+        "alone": alone,
+        "front": front(exact, int8, list(alone), some),
     }
     (folder / "quantization.json").write_text(json.dumps(found, indent=1))
-    shutil.copyfile(fp32, folder / fp32.name)
+    shutil.copyfile(graph / "model.onnx", folder / "model.onnx")

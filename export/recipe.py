@@ -128,6 +128,42 @@ class HeadChoice:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """How INT8 is made, and what it may cost.
+
+    Attributes:
+        smoothing: How much of loud channels goes to the weights, 0 to 1 (see `export.smooth`); 0
+            leaves all as it is.
+        centring: Whether lopsided ranges are shifted (see `export.centre`).
+        clipping: Whether ranges leave out the rarest values (see `export.clip`).
+        gptq: Whether weights are rounded by what they are multiplied by (see `export.rounding`).
+        bias_correction: Whether biases make up for shifted means (see `export.debias`).
+        labels_equal: Share of the judged windows that must keep their label.
+        divergence: Largest mean divergence of their answers from full precision, in nats.
+        most_float: How many layers may stay float to hold both.
+    """
+
+    smoothing: float = 0.75
+    centring: bool = True
+    clipping: bool = False
+    gptq: bool = True
+    bias_correction: bool = True
+    labels_equal: float = 0.98
+    divergence: float = 0.001
+    most_float: int = 4
+
+    def __post_init__(self) -> None:
+        for key in ("smoothing", "labels_equal"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise RecipeError(f"quantize.{key} = {getattr(self, key)}, allowed is 0 to 1")
+        if self.divergence < 0 or self.most_float < 0:
+            raise RecipeError(
+                f"quantize.divergence = {self.divergence}, quantize.most_float = "
+                f"{self.most_float}, allowed is 0 or more"
+            )
+
+
+@dataclass(frozen=True)
 class Train:
     """Training of the head on cached hidden states.
 
@@ -257,6 +293,7 @@ class Recipe:
     train: Train | None = None
     distill: Distill | None = None
     folds: Folds | None = None
+    quantize: Quantize = field(default_factory=Quantize)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):

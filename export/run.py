@@ -183,7 +183,10 @@ class Run:
             "certify": self._certify,
             "bundle": self._bundle,
         }
-        reads_of: dict[str, dict[str, Any]] = {"train": reads}
+        reads_of: dict[str, dict[str, Any]] = {
+            "train": reads,
+            "quantize": {"quantize": recipe.quantize},
+        }
         stages, after = [], cache.name
         for name, make in makes.items():
             stages.append(Stage(name, folders[name], after, reads_of.get(name, {}), make))
@@ -211,7 +214,7 @@ class Run:
     def _quantize(self, folder: Path) -> None:
         split, first = self.speech.split, self.speech.first_windows
         windows, judged = first(split.calibration), first(split.validation)
-        make_int8(self.folder / "graph", windows, judged, folder)
+        make_int8(self.folder / "graph", windows, judged, self.recipe.quantize, folder)
 
     def _certify(self, folder: Path) -> None:
         facts = {

@@ -14,22 +14,23 @@ from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
 
-# How much goes to the weights, 0 to 1: the paper's alpha. Above its 0.5, because `rounding` makes
-# the weights cheaper to round than the activations.
-STRENGTH = 0.75
 
-
-def even_out(model: onnx.ModelProto, layers: Sequence[str], windows: Sequence[Floats]) -> None:
+def even_out(
+    model: onnx.ModelProto, layers: Sequence[str], windows: Sequence[Floats], strength: float
+) -> None:
     """Even out the channels that layers read, in place.
 
     Args:
         model: Its Conv, Gemm and MatMul weights are constants.
         layers: Names of the nodes that will be quantized.
         windows: Calibration speech, each of shape (T,).
+        strength: How much goes to the weights, 0 to 1: the paper's alpha. Above its 0.5, because
+            `rounding` makes weights cheaper to round than activations.
     """
     nodes = [node for node in model.graph.node if node.name in set(layers)]
     for tensor, loudest in channel_maxima(model, nodes, windows).items():
-        _even_tensor(model.graph, tensor, [n for n in nodes if n.input[0] == tensor], loudest)
+        readers = [node for node in nodes if node.input[0] == tensor]
+        _even_tensor(model.graph, tensor, readers, loudest, strength)
 
 
 def channel_maxima(
@@ -46,18 +47,22 @@ def channel_maxima(
 
 
 def _even_tensor(
-    graph: onnx.GraphProto, tensor: str, layers: Sequence[onnx.NodeProto], loudest: Floats
+    graph: onnx.GraphProto,
+    tensor: str,
+    layers: Sequence[onnx.NodeProto],
+    loudest: Floats,
+    strength: float,
 ) -> None:
     constants = {constant.name: constant for constant in graph.initializer}
     weights = [
-        _turned(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
+        exchange_channels(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
     ]  # (in, ...)
     heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
-    factor = np.maximum(loudest, 1e-5) ** STRENGTH / np.maximum(heaviest, 1e-5) ** (1 - STRENGTH)
+    factor = np.maximum(loudest, 1e-5) ** strength / np.maximum(heaviest, 1e-5) ** (1 - strength)
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-        array = np.ascontiguousarray(_turned(node, scaled))
+        array = np.ascontiguousarray(exchange_channels(node, scaled))
         constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
@@ -77,7 +82,7 @@ def _even_tensor(
         node.input[0] = even
 
 
-def _turned(node: onnx.NodeProto, weights: Floats) -> Floats:
+def exchange_channels(node: onnx.NodeProto, weights: Floats) -> Floats:
     """Exchange the axes of input and output channels; twice, the weights are as they were.
 
     The first axis of the result is that of the input channels. In a grouped convolution those of a

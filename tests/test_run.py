@@ -460,13 +460,13 @@ def test_a_missed_gate_fails_and_names_classes_and_layers(copy, capsys):
     line = failure(capsys, copy, "teacher", "--from", "certify")
     found = json.loads((copy / "out/teacher/seed0/certify.partial/certificate.json").read_text())
     assert not found["gate"]["int8"]["passed"]
-    layers = list(found["quantization"]["layer_error"])[:3]
+    layers = list(found["quantization"]["alone"])[:3]
     lost = found["gate"]["int8"]["recall_lost"]
     classes = sorted(lost, key=lost.get, reverse=True)[:2]
     assert line.startswith("int8 keeps ")
     assert line.endswith(
         f"most recall is lost on {', '.join(classes)}; "
-        f"the largest errors are in the layers {', '.join(layers)}"
+        f"INT8 costs most in the layers {', '.join(layers)}"
     )
     assert not (copy / "out" / "teacher" / "seed0" / "bundle").exists()
 

@@ -5,10 +5,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.debias import correct_biases
-from export.smooth import STRENGTH, channel_maxima, even_out
+from export.smooth import channel_maxima, even_out
 
 CHANNELS, OUT = 6, 4
 LOUD = np.array([1, 1, 50, 1, 1, 1], np.float32)
+STRENGTH = 0.75
 
 
 def network(first, layer):
@@ -75,7 +76,7 @@ def layer_of(model):
 def test_evening_out_changes_nothing_in_full_precision(first, layer):
     model = network(first, layer)
     expected = run(model)
-    even_out(model, ["layer"], WINDOWS)
+    even_out(model, ["layer"], WINDOWS, STRENGTH)
     onnx.checker.check_model(model)
     np.testing.assert_allclose(run(model), expected, rtol=1e-4, atol=1e-4)
 
@@ -91,7 +92,7 @@ def test_the_spread_of_the_channels_shrinks_by_the_strength(first, layer):
     if len(heaviest) < CHANNELS:  # two groups: each has half of the outputs and of the inputs
         halves = array[: OUT // 2], array[OUT // 2 :]
         heaviest = np.concatenate([np.abs(half).max(axis=(0, 2)) for half in halves])
-    even_out(model, ["layer"], WINDOWS)
+    even_out(model, ["layer"], WINDOWS, STRENGTH)
     (after,) = channel_maxima(model, [layer_of(model)], WINDOWS).values()
     expected = (before * heaviest) ** (1 - STRENGTH)  # up to one common factor
     ratio = after / expected
@@ -103,7 +104,7 @@ def test_the_division_costs_a_node_only_where_no_layer_norm_takes_it():
     for first, more in ((NORM, 0), (GELU, 1)):
         model = network(first, MATMUL)
         nodes = len(model.graph.node)
-        even_out(model, ["layer"], WINDOWS)
+        even_out(model, ["layer"], WINDOWS, STRENGTH)
         assert len(model.graph.node) == nodes + more
 
 

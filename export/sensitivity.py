@@ -1,0 +1,142 @@
+"""What rounding costs layer by layer, and what it would cost to leave some layers float."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from scipy.special import log_softmax
+from tqdm import tqdm
+
+from export.probe import Floats, session_of
+from export.qdq import as_float, unsigned
+
+FRONT = (0, 1, 2, 4, 8)
+"""Float layers of the graphs that are compared."""
+
+Logits = npt.NDArray[np.float32]
+
+
+def walk(
+    exact: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    layers: Sequence[str],
+    windows: Sequence[Floats],
+) -> dict[str, float]:
+    """Return how far the rounding of each layer alone moves the answers, the worst layer first.
+
+    Args:
+        exact: Full precision.
+        int8: Its signed Q/DQ graph.
+        layers: Names of the quantized nodes.
+        windows: Speech, each of shape (T,).
+
+    Returns:
+        The `divergence` from full precision by layer, in nats.
+    """
+    expected = logits_of(exact, windows)
+    found = {}
+    for layer in tqdm(layers, desc="sensitivity", unit="layer"):
+        alone = as_float(int8, exact, set(layers) - {layer})
+        found[layer] = divergence(expected, logits_of(unsigned(alone), windows))
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def least_float(
+    exact: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    worst: Sequence[str],
+    windows: Sequence[Floats],
+    *,
+    equal: float,
+    most_apart: float,
+) -> tuple[list[str], dict[str, float]]:
+    """Choose the fewest layers that must stay float for answers to stay as they are.
+
+    Args:
+        exact: Full precision.
+        int8: Its signed Q/DQ graph.
+        worst: The layers that may stay float, in the order in which they are given back.
+        windows: Speech, each of shape (T,).
+        equal: Share of the windows that must keep their label.
+        most_apart: Largest `divergence`, in nats.
+
+    Returns:
+        The layers, all of ``worst`` where even they do not suffice, and the ``labels_equal`` and
+        ``divergence`` that are left.
+    """
+    expected = logits_of(exact, windows)
+    for count in range(len(worst) + 1):
+        answers = logits_of(unsigned(as_float(int8, exact, worst[:count])), windows)
+        same = float((answers.argmax(axis=1) == expected.argmax(axis=1)).mean())
+        left = {"labels_equal": same, "divergence": divergence(expected, answers)}
+        tqdm.write(
+            f"quantize: with {count} more float layers {same:.1%} of the judged windows keep their "
+            f"label, answers are {left['divergence']:.1e} nats apart"
+        )
+        if same >= equal and left["divergence"] <= most_apart:
+            break
+    return list(worst[:count]), left
+
+
+def front(
+    exact: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    worst: Sequence[str],
+    windows: Sequence[Floats],
+) -> list[dict[str, Any]]:
+    """Compare graphs with ever more float layers, and full precision.
+
+    Args:
+        exact: Full precision.
+        int8: Its signed Q/DQ graph.
+        worst: The layers, the worst first.
+        windows: Speech, each of shape (T,).
+
+    Returns:
+        For each how many ``float_layers``, ``mb`` of weights, the ``divergence`` in nats, and the
+        ``time``: the median over windows, heard by all graphs in turns, of the share of what full
+        precision takes.
+    """
+    counts = [count for count in FRONT if count < len(worst)]
+    models = [unsigned(as_float(int8, exact, worst[:count])) for count in counts]
+    sessions = [session_of(model) for model in (*models, exact)]
+    answers: list[list[Logits]] = [[] for _ in sessions]
+    taken: list[list[float]] = [[] for _ in sessions]
+    for window in windows:
+        for place, session in enumerate(sessions):
+            start = time.perf_counter()
+            answers[place].append(session.run(["logits"], {"samples": window[None]})[0])
+            taken[place].append(time.perf_counter() - start)
+    expected = np.concatenate(answers[-1])
+    return [
+        {
+            "float_layers": count,
+            "mb": model.ByteSize() / 1e6,
+            "divergence": divergence(expected, np.concatenate(found)),
+            "time": statistics.median(a / b for a, b in zip(seconds, taken[-1], strict=True)),
+        }
+        for count, model, found, seconds in zip(
+            [*counts, len(worst)], [*models, exact], answers, taken, strict=True
+        )
+    ]
+
+
+def divergence(expected: Logits, found: Logits) -> float:
+    """Return the mean Kullback-Leibler divergence of answers from expected ones, in nats.
+
+    Args:
+        expected: Logits (N, C).
+        found: The same of another graph.
+    """
+    logs = log_softmax(expected, axis=1), log_softmax(found, axis=1)
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+
+
+def logits_of(model: onnx.ModelProto, windows: Sequence[Floats]) -> Logits:
+    """Return the logits (N, C) of N windows, each of shape (T,)."""
+    session = session_of(model)
+    return np.concatenate([session.run(["logits"], {"samples": w[None]})[0] for w in windows])
