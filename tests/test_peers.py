@@ -29,6 +29,8 @@ from benchmarks.turns import in_child, noise
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import AudioError
 from export.errors import RecipeError
+from export.probe import tensor_values
+from export.smooth import even_out
 from tests.test_wav2vec2 import SIZES
 
 ROWS = [name for quantizer in QUANTIZERS for name in quantizer.rows]
@@ -218,16 +220,20 @@ def test_hidden_states_are_those_of_transformers(measured, checkpoint):
     np.testing.assert_allclose(states, expected, atol=1e-4)
 
 
-def test_what_smoothing_divided_is_multiplied_back(measured):
+def test_what_smoothing_divided_is_multiplied_back(measured, tmp_path):
     _, home = measured
-    fp32 = home / "out" / "fp32" / "model.onnx"
-    ours = home / "out" / "edge_ser" / "model_int8_x86.onnx"
-    (projector,) = (n for n in onnx.load(fp32).graph.node if n.name == "projector")
-    norm = next(n for n in onnx.load(ours).graph.node if projector.input[0] in n.output)
-    assert norm.input[1] == f"{projector.input[0]}_even_1"  # or nothing is tested here
-    (samples,) = subjects.synthetic_speech(1, 0.7, seed=3)
-    (_, exact), (_, rounded) = (graph_answers(fp32, f, [samples])[0] for f in (fp32, ours))
-    assert np.linalg.norm(exact - rounded) < 0.3 * np.linalg.norm(exact)
+    fp32, smooth = home / "out" / "fp32" / "model.onnx", tmp_path / "smooth.onnx"
+    windows = subjects.synthetic_speech(2, 0.7, seed=3)
+    model = onnx.load(fp32)
+    even_out(model, ["projector"], windows)
+    onnx.save(model, smooth)
+    (projector,) = (node for node in model.graph.node if node.name == "projector")
+    exact, found = graph_answers(fp32, fp32, windows), graph_answers(fp32, smooth, windows)
+    inside = tensor_values(model, [projector.input[0]], windows)
+    for one, other, divided in zip(exact, found, inside, strict=True):
+        np.testing.assert_allclose(other[1], one[1], atol=1e-4)
+        assert np.abs(divided[projector.input[0]][0] - one[1]).max() > 0.1
+        np.testing.assert_allclose(other[0], one[0], atol=1e-4)
 
 
 def test_the_tables_tell_all_and_what_the_clips_were(measured):
