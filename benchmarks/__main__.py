@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.machine import ROOT
-from benchmarks.report import latency_markdown, latency_plot
+from benchmarks.report import latency_markdown, latency_plot, peers_markdown, peers_plot
 from edge_ser.bundle import Bundle
 from edge_ser.errors import EdgeSerError
 
-_EXAMPLES = """examples:
+AUDIO = (".wav", ".flac", ".ogg", ".mp3")
+SYNTHETIC = 8  # windows whose answers are compared where no clips are given
+
+_LATENCY = """examples:
   python -m benchmarks latency --weights WEIGHTS
       everything, about six minutes; the tables on stdout
   python -m benchmarks latency --bundles out/default out/tiny --json latency.json
@@ -27,6 +30,18 @@ _EXAMPLES = """examples:
       a first look
 
 What cannot be measured, for want of torch, weights or a graph, says "not measured" and why.
+Close other programs: ratios survive a busy machine, milliseconds do not.
+"""
+
+_PEERS = """A peer whose package is missing says "not measured" and how to install it: all are in
+pip install -e ".[peers]". The graphs stay in --out and are made again only when they must be.
+
+examples:
+  python -m benchmarks peers ./my-wav2vec2 --calibration train.csv --clips speech --out DIR
+      what each tool makes of your network: time, size, memory, equal answers
+  python -m benchmarks peers --random base --out DIR --threads 1 --runs 5
+      time, size and memory of a network of that size, without a checkpoint
+
 Close other programs: ratios survive a busy machine, milliseconds do not.
 """
 
@@ -60,14 +75,52 @@ def _latency(args: argparse.Namespace) -> None:
         args.usage(f"argument --runs: {args.runs}; allowed: 1 or more")
     measured = {"window_s": args.window, "threads": args.threads, "runs": args.runs}
     result = measure(bundles, args.recipes, args.weights, args.trained, **measured)
+    _show(args, result, latency_markdown, latency_plot)
+
+
+def _peers(args: argparse.Namespace) -> None:
+    from benchmarks.peers import measure
+    from benchmarks.prepare import calibration_windows, prepare, random_checkpoint
+    from benchmarks.subjects import read_windows, synthetic_speech
+
+    if (args.checkpoint is None) == (args.random is None):
+        args.usage("one of CHECKPOINT and --random is needed")
+    if args.runs < 1:
+        args.usage(f"argument --runs: {args.runs}; allowed: 1 or more")
+    files = sorted(f for f in args.clips.iterdir() if f.suffix in AUDIO) if args.clips else []
+    if args.clips and not files:
+        args.usage(f"argument --clips: no {', '.join(AUDIO)} in '{args.clips}'")
+    args.out.mkdir(exist_ok=True)
+    if files:
+        clips = {seconds: read_windows(files, seconds) for seconds in args.windows}
+    else:
+        clips = {seconds: synthetic_speech(SYNTHETIC, seconds, seed=2) for seconds in args.windows}
+    calibration = calibration_windows(args.calibration)
+    checkpoint = args.checkpoint or random_checkpoint(args.random, args.out)
+    prepared = prepare(checkpoint, calibration, args.out)
+    heard = "speech" if args.calibration else "synthetic sounds"
+    subject = {
+        "network": f"random {args.random}" if args.random else checkpoint.name,
+        "calibration": f"Calibrated with {len(calibration)} windows of 3 s of {heard}.",
+        "agreement": "Agreement is on speech." if files else "Agreement is on synthetic sounds.",
+    }
+    if args.random:
+        subject["agreement"] = (
+            "Random weights: latency, size and memory only; agreement means nothing."
+        )
+    result = measure(prepared, clips, threads=args.threads, runs=args.runs)
+    _show(args, {**result, "subject": subject}, peers_markdown, peers_plot)
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot: Any) -> None:
     if args.json:
         args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if args.markdown:
-        args.markdown.write_text(latency_markdown(result), encoding="utf-8")
+        args.markdown.write_text(markdown(result), encoding="utf-8")
     else:
-        print(latency_markdown(result), end="")
+        print(markdown(result), end="")
     if args.plot:
-        latency_plot(result, args.plot)
+        plot(result, args.plot)
 
 
 def _existing(text: str) -> Path:
@@ -89,6 +142,16 @@ def _threads(text: str) -> list[int]:
     return counts
 
 
+def _lengths(text: str) -> list[float]:
+    try:
+        lengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        lengths = [0.0]
+    if not all(0.4 <= seconds <= 30 for seconds in lengths) or len(set(lengths)) < len(lengths):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers from 0.4 to 30")
+    return lengths
+
+
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; ``--help`` says what is right."""
 
@@ -97,34 +160,50 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    teaching: dict[str, Any] = {
-        "epilog": _EXAMPLES,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-    about = "Measure what edge_ser ships."
-    parser = _Parser(prog="python -m benchmarks", description=about, **teaching)
+    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    about = "Measure what edge_ser ships, and what else there is."
+    parser = _Parser(prog="python -m benchmarks", description=about, epilog=_LATENCY, **raw)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     about = "Time torch and ONNX, full precision and INT8, in turns; loading, memory, cold start."
-    latency = verbs.add_parser("latency", help=about, description=about, **teaching)
+    latency = verbs.add_parser("latency", help=about, description=about, epilog=_LATENCY, **raw)
     latency.set_defaults(run=_latency, usage=latency.error)
+    about = "Compare with what other tools make of the same network: time, size, memory, answers."
+    peers = verbs.add_parser("peers", help=about, description=about, epilog=_PEERS, **raw)
+    peers.set_defaults(run=_peers, usage=peers.error)
 
-    def option(name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any) -> None:
-        latency.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
+    def option(
+        verb: Any, name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any
+    ) -> None:
+        verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
 
     embedded = ["default", "tiny"]
     text = "embedded models or folders (default tiny)"
-    option("--bundles", str, embedded, "DIR|NAME", text, nargs="+")
+    option(latency, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
     recipes = ROOT / "export" / "recipes"
-    option("--recipes", _existing, recipes, "DIR", "where default.toml is (export/recipes)")
-    option("--weights", _existing, None, "DIR", "pretrained checkpoints, for torch default")
+    option(
+        latency, "--recipes", _existing, recipes, "DIR", "where default.toml is (export/recipes)"
+    )
+    text = "pretrained checkpoints, for torch default"
+    option(latency, "--weights", _existing, None, "DIR", text)
     text = "its trained head, model.safetensors of the training stage; else a random one"
-    option("--trained", _existing, None, "FILE", text)
-    option("--window", float, 3.0, "S", "seconds of audio (3)")
-    option("--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
-    option("--runs", int, 100, "N", "rounds that count (100)")
-    option("--json", _output, None, "FILE", "write all numbers here")
-    option("--markdown", _output, None, "FILE", "write the tables here, not on stdout")
-    option("--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")
+    option(latency, "--trained", _existing, None, "FILE", text)
+    option(latency, "--window", float, 3.0, "S", "seconds of audio (3)")
+    text = "folder of a fine-tuned Wav2Vec2, HuBERT or WavLM"
+    option(peers, "checkpoint", _existing, None, "CHECKPOINT", text, nargs="?")
+    text = "instead of it, random weights of the size of wav2vec2-base or XLSR-53"
+    peers.add_argument("--random", choices=("base", "xlsr"), help=text)
+    option(peers, "--out", _output, None, "DIR", "where graphs are kept", required=True)
+    text = "manifest of clips to calibrate with, column path; else synthetic sounds"
+    option(peers, "--calibration", _existing, None, "CSV", text)
+    text = "folder of clips whose answers are compared; else synthetic sounds"
+    option(peers, "--clips", _existing, None, "DIR", text)
+    option(peers, "--windows", _lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
+    for verb, runs in ((latency, 100), (peers, 30)):
+        option(verb, "--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
+        option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
+        option(verb, "--json", _output, None, "FILE", "write all numbers here")
+        option(verb, "--markdown", _output, None, "FILE", "write the tables here, not on stdout")
+        option(verb, "--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")
     return parser
 
 

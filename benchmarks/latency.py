@@ -1,67 +1,43 @@
-"""Latency of every way to run the models, in turns, so that a slow moment hits all of them.
-
-Each number of threads has a process of its own, because thread pools disturb each other; within it
-the systems take turns. So a ratio of two systems means something on a machine that is not quiet,
-where a number of milliseconds does not.
-"""
+"""Latency of every way to run the models, loading, memory and cold starts."""
 
 from __future__ import annotations
 
-import gc
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks.turns import (
+    Loaded,
+    Row,
+    System,
+    Turn,
+    add_statistics,
+    choose_attention,
+    first_moments,
+    import_torch,
+    in_child,
+    noise,
+    ratio,
+    take_turns,
+    torch_turn,
+)
 from edge_ser.bundle import FP32_GRAPH, Bundle, sha256
 from edge_ser.errors import EdgeSerError
 from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
-from edge_ser.timing import WARM_UP, peak_memory_mb, summary
+from edge_ser.timing import WARM_UP, summary
 
 COLD_RUNS = 15
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
-
-Turn = Callable[[], object]
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A system that is ready.
-
-    Attributes:
-        turns: What is timed: ``"engine"`` (samples to logits), and ``"end_to_end"`` (`predict`)
-            where there is a `Recognizer`.
-        facts: What its row tells, beside the times.
-        settle: Called once before the turns: chooses the best setting, returns more facts.
-    """
-
-    turns: dict[str, Turn]
-    facts: Row
-    settle: Callable[[], Row] = dict
-
-
-@dataclass(frozen=True)
-class System:
-    """One row of the table: its name, and what loads it for a window in s and some threads."""
-
-    name: str
-    load: Callable[[float, int], Loaded]
 
 
 def measure(
@@ -107,82 +83,13 @@ def measure(
     }
     rows = []
     for count in threads:
-        measured = _in_child(_take_turns, systems, window_s, count, runs)
+        measured = in_child(take_turns, systems, window_s, count, runs)
         rows += add_statistics(measured, window_s)
     loads = [
-        _in_child(_first_moments, system, window_s, threads[0])
+        in_child(first_moments, system, window_s, threads[0])
         for system in tqdm(systems, desc="load and memory", unit="process")
     ]
     return {**result, "rows": rows, "loads": loads, "cold": _cold_starts(min(runs, COLD_RUNS))}
-
-
-def ratio(numerators_ms: Sequence[float], denominators_ms: Sequence[float]) -> float:
-    """Return the median of the ratios of two systems, round by round."""
-    return statistics.median(a / b for a, b in zip(numerators_ms, denominators_ms, strict=True))
-
-
-def add_statistics(rows: Sequence[Row], window_s: float) -> list[Row]:
-    """Return rows of one number of threads with what follows from their latencies.
-
-    That is percentiles, the real-time factor, the speedup against the first row, and what
-    `predict` adds to the engine.
-    """
-    reference_ms = rows[0].get("samples_ms", {}).get("engine")
-    finished = []
-    for row in rows:
-        added: Row = {}
-        if samples_ms := row.get("samples_ms"):
-            engine_ms = samples_ms["engine"]
-            added["stats"] = {turn: summary(values) for turn, values in samples_ms.items()}
-            added["rtf"] = added["stats"]["engine"]["p50_ms"] / 1e3 / window_s
-            added["speedup"] = ratio(reference_ms, engine_ms) if reference_ms else None
-            if "end_to_end" in samples_ms:
-                pairs = zip(samples_ms["end_to_end"], engine_ms, strict=True)
-                added["predict_adds_ms"] = statistics.median(a - b for a, b in pairs)
-        finished.append({**row, **added})
-    return finished
-
-
-def _take_turns(systems: Sequence[System], window_s: float, threads: int, runs: int) -> list[Row]:
-    """Load all systems, then time them round by round. Runs in a process of its own."""
-    rows: list[Row] = []
-    turns: list[tuple[list[float], Turn]] = []
-    for system in systems:
-        row: Row = {"system": system.name, "threads": threads}
-        rows.append(row)
-        try:
-            loaded = system.load(window_s, threads)
-        except (EdgeSerError, ImportError, OSError) as exc:
-            row["not_measured"] = str(exc)
-            continue
-        row |= {**loaded.facts, **loaded.settle(), "samples_ms": {n: [] for n in loaded.turns}}
-        turns += [(row["samples_ms"][name], run) for name, run in loaded.turns.items()]
-    gc.freeze()  # collecting what torch imported would show up in the p99 of everybody
-    for i in tqdm(range(WARM_UP + runs), desc=f"threads: {threads}", unit="round"):
-        for samples_ms, run in turns:
-            elapsed_ms = _warm_ms(run)
-            if i >= WARM_UP:
-                samples_ms.append(round(elapsed_ms, 4))
-    return rows
-
-
-def _first_moments(system: System, window_s: float, threads: int) -> Row:
-    """Time importing and loading, and the first run. Runs in a process of its own."""
-    row = {"system": system.name, "threads": threads}
-    start = time.perf_counter()
-    try:
-        loaded = system.load(window_s, threads)
-    except (EdgeSerError, ImportError, OSError) as exc:
-        return {**row, "not_measured": str(exc)}
-    ready = time.perf_counter()
-    loaded.turns["engine"]()
-    return {
-        **row,
-        **loaded.facts,
-        "load_ms": (ready - start) * 1e3,
-        "first_run_ms": (time.perf_counter() - ready) * 1e3,
-        "peak_memory_mb": peak_memory_mb(),
-    }
 
 
 def _cold_starts(runs: int) -> Row:
@@ -221,24 +128,14 @@ def _cold_starts(runs: int) -> Row:
 
 def _load_wav2vec2(window_s: float, threads: int) -> Loaded:
     """Wav2Vec2-base (arXiv 2006.11477) with a classification head, on raw samples."""
-    torch = _import_torch(threads)
+    torch = import_torch(threads)
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
     model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(num_labels=7)).eval()
-    run = _torch_turn(torch, model, window_s)
+    run = torch_turn(torch, model, window_s)
 
     def settle() -> Row:
-        times_ms: dict[str, list[float]] = {"eager": [], "sdpa": []}
-        for _ in range(5):
-            for attention, values in times_ms.items():
-                model.set_attn_implementation(attention)
-                values.append(_warm_ms(run))
-        (best_ms, best), (other_ms, other) = sorted(
-            (statistics.median(values), attention) for attention, values in times_ms.items()
-        )
-        model.set_attn_implementation(best)
-        chosen = f"{best} attention, {best_ms:.0f} ms against {other_ms:.0f} ms {other}"
-        return {"detail": f"random weights; {chosen}"}
+        return {"detail": f"random weights; {choose_attention(model, run)}"}
 
     return Loaded({"engine": run}, {"detail": "random weights"}, settle)
 
@@ -249,7 +146,7 @@ def _load_torch_default(
     """The network of the recipe `default`, before its export."""
     if weights is None:
         raise EdgeSerError("needs --weights, the pretrained encoder")
-    torch = _import_torch(threads)
+    torch = import_torch(threads)
     from export.model import load_classifier, new_classifier
     from export.recipe import read_recipe
 
@@ -262,7 +159,7 @@ def _load_torch_default(
     else:
         model = new_classifier(recipe, weights).eval()
         facts = {"detail": "random head"}
-    return Loaded({"engine": _torch_turn(torch, model, window_s)}, facts)
+    return Loaded({"engine": torch_turn(torch, model, window_s)}, facts)
 
 
 def _load_onnx(path: Path, precision: str, window_s: float, threads: int) -> Loaded:
@@ -271,7 +168,7 @@ def _load_onnx(path: Path, precision: str, window_s: float, threads: int) -> Loa
         raise EdgeSerError(f"the bundle has no {FP32_GRAPH}")
     recognizer = Recognizer.load(path, precision=precision, threads=threads)
     metadata, engine = recognizer.metadata, recognizer.engine
-    samples = _noise(window_s, metadata.sample_rate_hz)
+    samples = noise(window_s, metadata.sample_rate_hz)
     facts = {
         "graph": engine.graph,
         "graph_sha256": metadata.files[engine.graph.removesuffix(" (float)")].sha256,
@@ -282,35 +179,3 @@ def _load_onnx(path: Path, precision: str, window_s: float, threads: int) -> Loa
         "end_to_end": partial(recognizer.predict, samples, metadata.sample_rate_hz),
     }
     return Loaded(turns, facts)
-
-
-def _import_torch(threads: int) -> Any:
-    """Import torch with as many threads, as idle between runs, as ONNX Runtime has."""
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    import torch
-
-    torch.set_num_threads(threads)
-    return torch
-
-
-def _torch_turn(torch: Any, model: Any, window_s: float) -> Turn:
-    return partial(torch.inference_mode()(model), torch.from_numpy(_noise(window_s, 16_000))[None])
-
-
-def _noise(seconds: float, rate_hz: int) -> NDArray[np.float32]:
-    """Return noise of shape (T,)."""
-    return np.random.default_rng(0).normal(0, 0.1, round(seconds * rate_hz)).astype(np.float32)
-
-
-def _warm_ms(run: Turn) -> float:
-    """Time a run, after one that brings its weights back into the caches that others used."""
-    run()
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _in_child(function: Callable[..., Any], *args: object) -> Any:
-    """Return what a function returns in a fresh process; peak memory is then its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()

@@ -20,14 +20,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def latency_markdown(result: Row) -> str:
     """Return the result of `benchmarks.latency.measure` as Markdown."""
-    protocol, host, rows = result["protocol"], result["machine"], result["rows"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    protocol, rows = result["protocol"], result["rows"]
     loads = [_start(row) + (_reason(row) or _load(row)) for row in result["loads"]]
     return f"""# Latency of {protocol["window_s"]:g} s of audio
 
-{result["date"]}, commit {result["commit"]}. {host["cpu"]} ({host["architecture"]}, VNNI: \
-{"yes" if host["vnni"] else "no"}), {host["cores"]} cores, {host["memory_mb"] / 1e3:.1f} GB, \
-load average before: {host["load_average"]}. {versions}.
+{_origin(result)}
 
 Noise, front ends included. {protocol["runs"]} rounds; in each of them every system takes its \
 turn: one run to warm the caches, then the timed one. Speedup is against {rows[0]["system"]} with \
@@ -42,6 +39,17 @@ Whole processes, in turns, their files in memory.
 
 {table(["command", "p50 ms", "ratio", "runs"], _cold(result["cold"]))}
 {table(["system", "graph", "SHA-256 of the graph", "SHA-256 of metadata.json"], _files(rows))}"""
+
+
+def _origin(result: Row) -> str:
+    host = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"{result['date']}, commit {result['commit']}. {host['cpu']} ({host['architecture']}, "
+        f"VNNI: {'yes' if host['vnni'] else 'no'}), {host['cores']} cores, "
+        f"{host['memory_mb'] / 1e3:.1f} GB, load average before: {host['load_average']}. "
+        f"{versions}."
+    )
 
 
 _TIMES = ["system", "threads", "p50 ms", "p90 ms", "p99 ms", "speedup", "predict adds ms", "runs"]
@@ -96,23 +104,87 @@ def _ms(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def peers_markdown(result: Row) -> str:
+    """Return the result of `benchmarks.peers.measure` as Markdown."""
+    protocol, rows = result["protocol"], result["rows"]
+    lengths = [f"{seconds:g} s" for seconds in protocol["windows_s"]]
+    columns = [
+        f"{length}: {name}" for length in lengths for name in ("p50 ms", "p90 ms", "speedup")
+    ]
+    times = "\n".join(
+        f"{count} thread{'s' if count > 1 else ''}:\n\n"
+        + table(["system", *columns], _by_length([r for r in rows if r["threads"] == count]))
+        for count in dict.fromkeys(row["threads"] for row in rows)
+    )
+    costs = ["file MB", f"peak memory MB, {protocol['memory_window_s']:g} s"]
+    kept = [f"{length}: {name}" for name in ("labels equal", "cosine") for length in lengths]
+    details = {row["system"]: row["detail"] for row in rows if "detail" in row}
+    settings = "".join(f"- {name}: {detail}\n" for name, detail in details.items())
+    return f"""# Peers: {result["subject"]["network"]}
+
+{_origin(result)}
+
+{result["subject"]["calibration"]} {result["subject"]["agreement"]}
+
+Noise of each length, front ends included. {protocol["runs"]} rounds; in each of them every system \
+takes its turn: one run to warm the caches, then the timed one. Speedup is against \
+{rows[0]["system"]} with as many threads, the median of the ratios of the rounds.
+
+{times}
+The file with its weights; each system in a process of its own. Labels and hidden states of \
+{protocol["clips"]} windows of each length against {rows[0]["system"]}; the cosine is the mean \
+over the frames that the head reads.
+
+{table(["system", *costs, *kept], _kept(result))}
+Settings:
+
+{settings}"""
+
+
+def _by_length(rows: Sequence[Row]) -> list[list[str]]:
+    lines: dict[str, list[str]] = {}
+    for row in rows:  # of one system, in the order of the lengths
+        line = lines.setdefault(row["system"], [row["system"]])
+        if "not_measured" in row:
+            line[1:] = _reason(row)
+            continue
+        stats = row["stats"]["engine"]
+        speedup = f"{row['speedup']:.2f}x" if row["speedup"] else "not measured"
+        line += [_ms(stats["p50_ms"]), _ms(stats["p90_ms"]), speedup]
+    return list(lines.values())
+
+
+def _kept(result: Row) -> list[list[str]]:
+    answers = {row["system"]: row for row in result["answers"]}
+    lines = []
+    for load in result["loads"]:
+        line = [load["system"]]
+        lines.append(line)
+        if "not_measured" in load:
+            line += _reason(load)
+            continue
+        line += [f"{load['file_mb']:.1f}", f"{load['peak_memory_mb']:.0f}"]
+        answer = answers[load["system"]]
+        if "not_measured" in answer:
+            line += _reason(answer)
+            continue
+        line += [f"{one['labels_equal']:.1%}" for one in answer["windows"]]
+        line += [f"{one['frame_cosine']:.4f}" for one in answer["windows"]]
+    return lines
+
+
 def latency_plot(result: Row, file: Path) -> None:
     """Draw p50 as bars, with a line up to p99, on a logarithmic axis.
 
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, nothing global
-    except ImportError as exc:
-        line = 'matplotlib is not installed; run: pip install -e ".[bench]"'
-        raise MissingDependency(line) from exc
     rows = [row for row in reversed(result["rows"]) if "stats" in row]
     stats = [row["stats"]["engine"] for row in rows]
     p50_ms = [values["p50_ms"] for values in stats]
     tails_ms = [values["p99_ms"] - values["p50_ms"] for values in stats]
     places = range(len(rows))  # not names, for two bundles may share one
-    figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
+    figure = _figure(8, 1 + 0.35 * len(rows))
     axes = figure.subplots()
     colours = [f"C{row['threads'] - 1}" for row in rows]
     axes.barh(places, p50_ms, xerr=[[0] * len(rows), tails_ms], color=colours)
@@ -121,3 +193,37 @@ def latency_plot(result: Row, file: Path) -> None:
     axes.set_xlabel(f"ms for {result['protocol']['window_s']:g} s of audio: p50, line to p99")
     axes.set_title(result["machine"]["cpu"])
     figure.savefig(file, dpi=150)
+
+
+def peers_plot(result: Row, file: Path) -> None:
+    """Draw p50 as bars, with a line up to p90: a panel a length, the first number of threads.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    threads, lengths = result["rows"][0]["threads"], result["protocol"]["windows_s"]
+    rows = [row for row in result["rows"] if "stats" in row and row["threads"] == threads]
+    names = list(dict.fromkeys(row["system"] for row in reversed(rows)))
+    figure = _figure(3 + 3 * len(lengths), 1 + 0.35 * len(names))
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, seconds in zip(panels, lengths, strict=True):
+        measured = [row for row in rows if row["window_s"] == seconds]
+        stats = [row["stats"]["engine"] for row in measured]
+        p50_ms = [values["p50_ms"] for values in stats]
+        tails_ms = [values["p90_ms"] - values["p50_ms"] for values in stats]
+        places = [names.index(row["system"]) for row in measured]
+        axes.barh(places, p50_ms, xerr=[[0] * len(places), tails_ms])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel(f"ms for {seconds:g} s: p50, line to p90")
+    figure.suptitle(f"{result['subject']['network']}, threads: {threads}")
+    figure.savefig(file, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no display, nothing global
+    except ImportError as exc:
+        line = 'matplotlib is not installed; run: pip install -e ".[bench]"'
+        raise MissingDependency(line) from exc
+    return Figure(figsize=(width, height), layout="constrained")
