@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.machine import ROOT
-from benchmarks.report import latency_markdown, latency_plot, peers_markdown, peers_plot
+from benchmarks.report import (
+    accuracy_plot,
+    latency_markdown,
+    latency_plot,
+    peers_markdown,
+    peers_plot,
+)
 from edge_ser.bundle import Bundle
 from edge_ser.errors import EdgeSerError
 
@@ -43,6 +49,17 @@ examples:
       time, size and memory of a network of that size, without a checkpoint
 
 Close other programs: ratios survive a busy machine, milliseconds do not.
+"""
+
+_ACCURACY = """Heads come from python -m export run RECIPE with the same --out and --seed. Graphs
+and answers stay there, and are made again only when they must be.
+
+examples:
+  python -m benchmarks accuracy export/recipes/default.toml --corpora DIR --weights DIR --out DIR
+      INT8 and other tools against full precision, at other lengths, levels and with noise
+  python -m benchmarks accuracy export/recipes/default.toml ... \\
+      --variants export/recipes/variants/quantize.toml
+      what each step of the quantizer is worth
 """
 
 
@@ -112,6 +129,14 @@ def _peers(args: argparse.Namespace) -> None:
     _show(args, {**result, "subject": subject}, peers_markdown, peers_plot)
 
 
+def _accuracy(args: argparse.Namespace) -> None:
+    from benchmarks.accuracy import accuracy_markdown, measure
+
+    places = (args.recipe, args.corpora, args.weights, args.out)
+    result = measure(*places, args.seed, args.variants)
+    _show(args, result, accuracy_markdown, accuracy_plot)
+
+
 def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot: Any) -> None:
     if args.json:
         args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -171,6 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     peers = verbs.add_parser("peers", help=about, description=about, epilog=_PEERS, **raw)
     peers.set_defaults(run=_peers, usage=peers.error)
 
+    about = "Ask every clip of a head that has not heard its speaker, in full precision and INT8."
+    accuracy = verbs.add_parser("accuracy", help=about, description=about, epilog=_ACCURACY, **raw)
+    accuracy.set_defaults(run=_accuracy)
+
     def option(
         verb: Any, name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any
     ) -> None:
@@ -198,9 +227,20 @@ def _parser() -> argparse.ArgumentParser:
     text = "folder of clips whose answers are compared; else synthetic sounds"
     option(peers, "--clips", _existing, None, "DIR", text)
     option(peers, "--windows", _lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
+    option(accuracy, "recipe", _existing, None, "RECIPE", "a TOML file with [train]")
+    for name, text in (
+        ("--corpora", "folder with a folder a corpus"),
+        ("--weights", "folder of checkpoints; without it: hub ids"),
+        ("--out", "where the run left its results; what is made here stays there"),
+    ):
+        option(accuracy, name, _existing, None, "DIR", text, required=name != "--weights")
+    option(accuracy, "--seed", int, 0, "N", "of the run (0)")
+    text = "variants of the recipe's [quantize], in place of other tools"
+    option(accuracy, "--variants", _existing, None, "FILE", text)
     for verb, runs in ((latency, 100), (peers, 30)):
         option(verb, "--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
+    for verb in (latency, peers, accuracy):
         option(verb, "--json", _output, None, "FILE", "write all numbers here")
         option(verb, "--markdown", _output, None, "FILE", "write the tables here, not on stdout")
         option(verb, "--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")

@@ -27,7 +27,8 @@ from onnxruntime.quantization import (
 
 from benchmarks.subjects import Samples
 from edge_ser.errors import MissingDependency
-from export.quantize import QUANTIZED, float_nodes, quantize, unsigned
+from export.qdq import QUANTIZED, float_nodes, save_with_shared_weights, unsigned
+from export.quantize import quantize
 
 Make = Callable[[Path, Sequence[Samples], Path], None]
 MODEL = "model.onnx"
@@ -116,7 +117,7 @@ def make_optimum_dynamic(fp32: Path, windows: Sequence[Samples], folder: Path) -
 
 def make_optimum_static(fp32: Path, windows: Sequence[Samples], folder: Path) -> None:
     """``ORTQuantizer`` of optimum, its ranges of activations calibrated."""
-    kept = float_nodes(onnx.load(fp32).graph)
+    kept = list(float_nodes(onnx.load(fp32).graph))
     _optimum(fp32, windows, folder, list(QUANTIZED), kept)
 
 
@@ -190,7 +191,10 @@ def _modelopt(fp32: Path, windows: Sequence[Samples], folder: Path, **settings: 
 
 def make_ours(fp32: Path, windows: Sequence[Samples], folder: Path) -> None:
     """`export.quantize`."""
-    quantize(fp32, windows, folder)
+    _, int8, _ = quantize(onnx.load(fp32), windows)
+    save_with_shared_weights(
+        {folder / "model_int8.onnx": int8, folder / "model_int8_x86.onnx": unsigned(int8)}
+    )
 
 
 def run_quantizer(
@@ -252,8 +256,7 @@ QUANTIZERS = (
             ),
             "modelopt best, U8": (
                 "model_u8.onnx",
-                "the same, its activations rewritten to U8 by export.quantize.unsigned, not by "
-                "modelopt",
+                "the same, its activations rewritten to U8 by export.qdq.unsigned, not by modelopt",
             ),
         },
     ),

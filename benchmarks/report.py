@@ -219,6 +219,33 @@ def peers_plot(result: Row, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def accuracy_plot(result: Row, file: Path) -> None:
+    """Draw equal labels by condition, and what UA is lost with its interval: a colour a system.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    conditions = list(dict.fromkeys(row["condition"] for row in result["rows"]))
+    systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
+    figure = _figure(12, 2 + 0.12 * len(systems) * len(conditions))
+    labels, lost = figure.subplots(1, 2, sharey=True)
+    for number, system in enumerate(systems):
+        rows = [row for row in result["rows"] if row["system"] == system]
+        places = [conditions.index(row["condition"]) + 0.8 * number / len(systems) for row in rows]
+        labels.plot([100 * row["labels_equal"] for row in rows], places, "o", label=system)
+        points = [[100 * row["difference"][k] for k in ("value", "low", "high")] for row in rows]
+        tails = [[v - low for v, low, _ in points], [high - v for v, _, high in points]]
+        lost.errorbar([v for v, *_ in points], places, xerr=tails, fmt="o", capsize=2)
+    labels.set_yticks(range(len(conditions)), conditions)
+    labels.invert_yaxis()
+    labels.set_xlabel("% of the labels as full precision has them")
+    labels.legend()
+    lost.axvline(0, color="gray", linewidth=1)
+    lost.set_xlabel("points of UA more than full precision, 95 % intervals")
+    figure.suptitle(f"{result['recipe']}, seed {result['seed']}")
+    figure.savefig(file, dpi=150)
+
+
 def _figure(width: float, height: float) -> Any:
     """Return an empty figure of a size in inches."""
     try:

@@ -1,6 +1,6 @@
 """Length, level and noise: rows of a certificate that say where INT8 leaves full precision."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +97,33 @@ def rows(
     """
     rate_hz = metadata.sample_rate_hz
     recognizers = [Recognizer(metadata, OnnxEngine(file)) for file in (fp32, int8)]
-    chosen = spread_over(clips, MOST)
-    sets: dict[str, list[tuple[Clip, Samples]]] = {
-        f"{length_s} s": of_length(chosen, length_s, rate_hz) for length_s in LENGTHS_S
-    }
-    whole = [(clip, read_samples(clip, rate_hz)) for clip in chosen]
-    for name, change in changes(rate_hz).items():
-        sets[name] = [(clip, change(samples, n)) for n, (clip, samples) in enumerate(whole)]
     found = []
-    bar = tqdm(desc="conditions", total=sum(map(len, sets.values())), unit="clip")
-    for name, heard in sets.items():
-        logits = []
-        for _, samples in heard:
-            logits.append([one.run(samples, rate_hz)[1].mean(axis=0) for one in recognizers])
-            bar.update()
+    for name, heard in under_conditions(spread_over(clips, MOST), rate_hz):
+        logits = [
+            [one.run(samples, rate_hz)[1].mean(axis=0) for one in recognizers]
+            for _, samples in tqdm(heard, desc=name, unit="clip")
+        ]
         if heard:
             found.append(
                 {"condition": name, **_row(metadata, [c for c, _ in heard], logits, labelled)}
             )
-    bar.close()
     return found
+
+
+def under_conditions(
+    clips: Sequence[Clip], rate_hz: int
+) -> Iterator[tuple[str, list[tuple[Clip, Samples]]]]:
+    """Yield every condition by its name, and the clips as they sound under it.
+
+    Args:
+        clips: Any; those of whose voice there is too little have no row of the longer lengths.
+        rate_hz: Of the samples.
+    """
+    for length_s in LENGTHS_S:
+        yield f"{length_s} s", of_length(clips, length_s, rate_hz)
+    whole = [(clip, read_samples(clip, rate_hz)) for clip in clips]
+    for name, change in changes(rate_hz).items():
+        yield name, [(clip, change(samples, n)) for n, (clip, samples) in enumerate(whole)]
 
 
 def _row(
