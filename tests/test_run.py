@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import main as benchmarks
 from edge_ser import Recognizer
 from edge_ser.bundle import Bundle
 from edge_ser.cli import main as edge_ser
@@ -600,3 +601,28 @@ def test_folds_have_no_variants(copy, capsys):
 def test_an_unknown_stage_is_one_line(copy, capsys, recipe, stages, option):
     expected = f"stage 'polish': {copy / f'{recipe}.toml'} has the stages {', '.join(stages)}"
     assert failure(capsys, copy, recipe, option, "polish") == expected
+
+
+def test_int8_is_compared_on_speakers_that_no_head_has_heard(home, capsys, tmp_path):
+    places = [part for part in arguments(home, "teacher") if part != "run"]
+    written = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    variants = tmp_path / "variants.toml"
+    variants.write_text(
+        f'base = "{home}/teacher.toml"\n[variants.none]\n'
+        "quantize = { smoothing = 0.0, centring = false, gptq = false, bias_correction = false }\n"
+    )
+    assert benchmarks(["accuracy", *places, *written, "--variants", str(variants)]) == 0
+    table = capsys.readouterr().out
+    assert "| base | as it is | " in table
+    assert "| none | as it is | " in table
+    found = json.loads((tmp_path / "a.json").read_text())
+    clips = sum(2 * 3 * len(names) for names in SPEAKERS.values()) - 2 * len(SPEAKERS["turev"])
+    assert {row["clips"] for row in found["rows"]} == {clips}
+    assert {row["system"]: row["labels_equal"] > 0.9 for row in found["rows"]} == {
+        "base": True,
+        "none": True,
+    }
+    assert list(found["given_back"]) == ["fold0", "fold1", "fold2", "whole"]
+    capsys.readouterr()
+    assert benchmarks(["accuracy", *places, "--seed", "5"]) == 1
+    assert "run a recipe with [train] first: python -m export run" in capsys.readouterr().err
