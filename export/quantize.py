@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 from export.centre import centre
 from export.debias import bias_and_output, correct_biases
-from export.probe import tensor_values
+from export.half import make_halves
+from export.probe import labels_equal, tensor_values
 from export.rounding import round_weights
 from export.smooth import even_out
 
@@ -238,20 +238,10 @@ def save_with_shared_weights(models: Mapping[Path, onnx.ModelProto], least: int 
         onnx.checker.check_model(str(file))  # by path: only so does it find the weights
 
 
-def labels_equal(fp32: Path, int8: Path, windows: Sequence[Samples]) -> float:
-    """Return the share of windows that two graphs give the same label."""
-    answers = []
-    for file in (fp32, int8):
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        logits = [session.run(["logits"], {"samples": window[None]})[0] for window in windows]
-        answers.append(np.concatenate(logits).argmax(axis=1))
-    return float((answers[0] == answers[1]).mean())
-
-
 def make_int8(
     graph: Path, windows: Sequence[Samples], judged: Sequence[Samples], folder: Path
 ) -> None:
-    """The stage: the INT8 graphs beside the full-precision one, and ``quantization.json``.
+    """The stage: INT8 graphs, full precision, both in half, and ``quantization.json``.
 
     As long as too few of the judged windows keep their label, the layer with the largest error is
     given back to float. A head that was trained again on all speakers has heard those of the
@@ -280,5 +270,6 @@ def make_int8(
         "validation_labels_equal": equal,
         "layer_error": errors,
     }
-    (folder / "quantization.json").write_text(json.dumps(found, indent=1))
     shutil.copyfile(fp32, folder / fp32.name)
+    found["half_labels_equal"] = make_halves(folder, windows[:8], judged)
+    (folder / "quantization.json").write_text(json.dumps(found, indent=1))
