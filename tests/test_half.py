@@ -188,6 +188,39 @@ def test_a_logarithm_of_next_to_nothing_and_a_mask_stay_float(tmp_path):
         np.testing.assert_allclose(rounded[0], exact[0], atol=2e-3)
 
 
+def test_what_an_attribute_or_the_operator_tells_to_be_float_stays_so(tmp_path):
+    nodes = [
+        node("Shape", "samples", "shape"),
+        node("Cast", "shape", "sizes", to=FLOAT),
+        node("Constant", "", "factor", value_float=0.01),
+        node("ConstantOfShape", "three", "ones", value=numpy_helper.from_array(np.ones(1, "f4"))),
+        node("Range", "zero ten one", "steps"),
+        node("MatMul", "samples_wide weights", "mixed"),
+        node("Mul", "mixed factor", "scaled"),
+        node("Mul", "scaled ones", "same"),
+        node("MatMul", "steps last", "tail"),
+        node("Add", "same tail", "sum"),
+        node("Gather", "sizes second", "length", axis=0),
+        node("Div", "sum length", "logits"),
+        node("Neg", "logits", "embedding"),
+    ]
+    nodes.insert(0, node("Slice", "samples start stop axis", "samples_wide"))
+    constants = {
+        "start": np.array([0]), "stop": np.array([8]), "axis": np.array([1]),
+        "three": np.array([3]), "zero": np.array(0, "f4"), "ten": np.array(10, "f4"), "one": np.array(1, "f4"),
+        "weights": random(8, 3), "last": random(10, 3), "second": np.array(1),
+    }  # fmt: skip
+    file = write(tmp_path / "m.onnx", nodes, constants)
+    model = half(file, windows())
+    found = types(model)
+    for name in ("sizes", "factor", "ones", "steps"):
+        assert found[name] == FLOAT
+    for name in ("mixed", "scaled", "same", "tail", "sum"):
+        assert found[name] == HALF
+    for exact, rounded in zip(answers(onnx.load(file)), answers(model), strict=True):
+        np.testing.assert_allclose(rounded[0], exact[0], rtol=1e-2, atol=1e-6)
+
+
 def signed(file, *, opset=20, scale=0.01):
     """Write a layer with Q/DQ."""
     nodes = [
