@@ -207,8 +207,9 @@ def test_what_an_attribute_or_the_operator_tells_to_be_float_stays_so(tmp_path):
     nodes.insert(0, node("Slice", "samples start stop axis", "samples_wide"))
     constants = {
         "start": np.array([0]), "stop": np.array([8]), "axis": np.array([1]),
-        "three": np.array([3]), "zero": np.array(0, "f4"), "ten": np.array(10, "f4"), "one": np.array(1, "f4"),
-        "weights": random(8, 3), "last": random(10, 3), "second": np.array(1),
+        "three": np.array([3]), "zero": np.array(0, "f4"), "ten": np.array(10, "f4"),
+        "one": np.array(1, "f4"), "weights": random(8, 3), "last": random(10, 3),
+        "second": np.array(1),
     }  # fmt: skip
     file = write(tmp_path / "m.onnx", nodes, constants)
     model = half(file, windows())

@@ -236,18 +236,17 @@ def strayed(file, op, places):
     """Return a graph with more Q/DQ, before inputs of the first such node without constants."""
     model = onnx.load(file)
     graph = model.graph
-    makers = {output: node for node in graph.node for output in node.output}
-    for at, node in enumerate(graph.node):  # noqa: B007
-        first = [makers.get(name) for name in node.input[:2]]
-        others = first[:1] if op == "LayerNormalization" else first
-        plain = all(n is not None and n.op_type != "DequantizeLinear" for n in others)
-        if node.op_type == op and plain:
-            break
-    inputs = list(node.input)
+    # Neither constants nor what is rounded already.
+    plain = {name for n in graph.node if n.op_type != "DequantizeLinear" for name in n.output}
+    factors = 1 if op == "LayerNormalization" else 2
+    at, node = next(
+        (at, node)
+        for at, node in enumerate(graph.node)
+        if node.op_type == op and set(node.input[:factors]) <= plain
+    )
     pairs = []
     for place in places:
-        inputs[place] = pair_behind(graph, node.input[place], pairs)
-    node.input[:] = inputs
+        node.input[place] = pair_behind(graph, node.input[place], pairs)
     for new in reversed(pairs):
         graph.node.insert(at, new)
     return model
