@@ -27,8 +27,8 @@ from onnxruntime.quantization import (
 
 from benchmarks.subjects import Samples
 from edge_ser.errors import MissingDependency
-from export.qdq import QUANTIZED, float_nodes, save_with_shared_weights, unsigned
-from export.quantize import quantize
+from export.qdq import QUANTIZED, float_nodes, unsigned
+from export.quantize import quantize, write_int8
 
 Make = Callable[[Path, Sequence[Samples], Path], None]
 MODEL = "model.onnx"
@@ -191,10 +191,7 @@ def _modelopt(fp32: Path, windows: Sequence[Samples], folder: Path, **settings: 
 
 def make_ours(fp32: Path, windows: Sequence[Samples], folder: Path) -> None:
     """`export.quantize`."""
-    _, int8, _ = quantize(onnx.load(fp32), windows)
-    save_with_shared_weights(
-        {folder / "model_int8.onnx": int8, folder / "model_int8_x86.onnx": unsigned(int8)}
-    )
+    write_int8(quantize(onnx.load(fp32), windows)[1], folder)
 
 
 def run_quantizer(

@@ -31,7 +31,9 @@ def model_card(metadata: Metadata, certificate: Mapping[str, Any]) -> str:
         f"# {metadata.name}",
         "",
         f"Speech emotion recognition: {', '.join(metadata.labels)}. INT8 ONNX for CPUs, {made} by "
-        "edge_ser.",
+        "edge_ser. `model_fp16.onnx` and `model_int8_fp16.onnx`, where they lie beside it, are for "
+        "GPUs: full precision and INT8 with their float parts in half, which the certificate does "
+        "not score.",
         "",
         f"Encoder: `{json.dumps(metadata.encoder)}`. Head: `{json.dumps(metadata.head)}`. "
         f"Teacher: `{json.dumps(metadata.teacher)}`.",

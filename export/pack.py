@@ -16,11 +16,12 @@ from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.samples import sample_paths
 from export import corpora
 from export.card import model_card
+from export.half import HALVES
 from export.speech import RATE_HZ, Speech
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "soxr")
 SELFTEST_S = (0.5, 1.5, 3.0)
-OPTIONAL = {FP32_GRAPH, ADAPTATION}
+OPTIONAL = {FP32_GRAPH, *HALVES.values(), ADAPTATION}
 
 
 def tool_versions() -> dict[str, str]:
@@ -36,14 +37,16 @@ def write_selftest(graphs: Path, sample: Path, rate_hz: int, window_s: float, fi
         sample: A synthesised clip.
         rate_hz: Of the graphs.
         window_s: The longest window that the graphs take, in seconds.
-        file: The ``.npz`` to write: ``samples_<i>`` (T,), ``<graph>_<i>`` (C,), float32.
+        file: The ``.npz`` to write: ``samples_<i>`` (T,), ``<graph>_<i>`` (C,), float32. A graph in
+            half has to answer on a GPU as the one that it is made of does here.
     """
     samples = audio.read(sample, rate_hz=rate_hz)
     lengths_s = sorted({min(seconds, window_s) for seconds in SELFTEST_S})
     parts = [samples[: round(seconds * rate_hz)] for seconds in lengths_s]
     arrays = {f"samples_{i}": part for i, part in enumerate(parts)}
+    sources = {half: source for source, half in HALVES.items()}
     for graph in sorted(graphs.glob("model*.onnx")):
-        engine = OnnxEngine(graph, threads=1)
+        engine = OnnxEngine(graph.with_name(sources.get(graph.name, graph.name)), threads=1)
         arrays |= {f"{graph.stem}_{i}": engine.run(part[None])[0] for i, part in enumerate(parts)}
     np.savez_compressed(file, **arrays)
 
@@ -55,7 +58,7 @@ def make_bundle(
 
     Args:
         metadata: All but ``files``.
-        graphs: Folder of the full-precision and INT8 graphs.
+        graphs: Folder of the graphs.
         certificate: Folder of ``certificate.json`` and ``.png``.
         adaptation: The file of the training stage, if there is one.
         folder: Takes the bundle.

@@ -1,6 +1,7 @@
-"""What flows through a graph: the values of any of its tensors on speech."""
+"""What flows through a graph on speech: the values of any of its tensors, and the labels."""
 
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -53,3 +54,20 @@ def computing(graph: onnx.GraphProto, names: Collection[str]) -> list[onnx.NodeP
             needed |= set(node.input)
             nodes.append(node)
     return nodes[::-1]
+
+
+def labels_equal(one: Path, other: Path, windows: Sequence[Floats]) -> float:
+    """Return the share of windows that two graphs give the same label."""
+    answers = []
+    for file in (one, other):
+        options = onnxruntime.SessionOptions()
+        if file.stem.endswith("_fp16"):
+            # The optimizer of ONNX Runtime 1.32 gets convolutions between Q/DQ with half scales
+            # wrong, by half of a logit; without it the answers are those of onnx.reference.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+        logits = [session.run(["logits"], {"samples": window[None]})[0] for window in windows]
+        answers.append(np.concatenate(logits).argmax(axis=1))
+    return float((answers[0] == answers[1]).mean())

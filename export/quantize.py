@@ -25,6 +25,7 @@ from tqdm import tqdm
 from export.centre import centre
 from export.clip import clip_ranges
 from export.debias import correct_biases
+from export.half import make_halves
 from export.probe import Floats
 from export.qdq import (
     QUANTIZED,
@@ -132,6 +133,13 @@ def calibrate(
         return onnx.load(signed)
 
 
+def write_int8(int8: onnx.ModelProto, folder: Path) -> None:
+    """Write a signed Q/DQ graph as a bundle has it: in both forms, and the weights of both."""
+    save_with_shared_weights(
+        {folder / "model_int8.onnx": int8, folder / "model_int8_x86.onnx": unsigned(int8)}
+    )
+
+
 def make_int8(
     graph: Path,
     windows: Sequence[Floats],
@@ -139,7 +147,7 @@ def make_int8(
     settings: Quantize,
     folder: Path,
 ) -> None:
-    """The stage: the INT8 graphs beside the full-precision one, and ``quantization.json``.
+    """The stage: INT8 graphs, full precision, both in half, and ``quantization.json``.
 
     As long as the judged windows are answered too differently, one layer more stays float: that
     whose rounding alone moves the answers most. A head that was trained again on all speakers has
@@ -162,9 +170,7 @@ def make_int8(
         equal=settings.labels_equal, most_apart=settings.divergence,
     )  # fmt: skip
     chosen = as_float(int8, exact, given_back)
-    save_with_shared_weights(
-        {folder / "model_int8.onnx": chosen, folder / "model_int8_x86.onnx": unsigned(chosen)}
-    )
+    write_int8(chosen, folder)
     reasons = {name: f"alone {alone[name]:.1e} nats" for name in given_back}
     found = {
         "float_nodes": {**float_nodes(model.graph), **reasons},
@@ -173,5 +179,6 @@ def make_int8(
         "alone": alone,
         "front": front(exact, int8, list(alone), some),
     }
-    (folder / "quantization.json").write_text(json.dumps(found, indent=1))
     shutil.copyfile(graph / "model.onnx", folder / "model.onnx")
+    found["half_labels_equal"] = make_halves(folder, windows[:8], some)
+    (folder / "quantization.json").write_text(json.dumps(found, indent=1))

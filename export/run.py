@@ -6,7 +6,7 @@
 <out>/<name>/seed<N>/folds        out-of-fold scores, for a recipe with [folds]
 <out>/<name>/seed<N>/train        the head, or the student
 <out>/<name>/seed<N>/graph        model.onnx
-<out>/<name>/seed<N>/quantize     the INT8 graphs
+<out>/<name>/seed<N>/quantize     the INT8 graphs, and those for GPUs in half precision
 <out>/<name>/seed<N>/certify      certificate.json and .png
 <out>/<name>/seed<N>/bundle       what the runtime loads
 """

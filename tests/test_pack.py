@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from edge_ser.cli import main
 from edge_ser.samples import sample_paths
 from edge_ser.testing import make_bundle as make_plain_bundle
 from export.card import model_card
+from export.half import HALVES
 from export.pack import TOOLS, describe, make_bundle, tool_versions, write_selftest
 from export.recipe import Data, EncoderChoice, Recipe, Train, Windows
 from export.speech import Speech
@@ -52,6 +54,7 @@ CERTIFICATE = {
     ],
     "seed": 7,
 }
+STEMS = ("model", "model_fp16", "model_int8", "model_int8_fp16", "model_int8_x86")
 NETWORK = Adaptation(np.ones((FEATURES + 1, 1)), np.ones((2, 1)), np.ones(1), half=4.0)
 
 
@@ -63,6 +66,8 @@ def graphs(tmp_path_factory):
     for file in folder.iterdir():
         if not file.name.startswith("model"):
             file.unlink()
+    for source, half in HALVES.items():  # what is in them, packing does not ask
+        shutil.copyfile(folder / source, folder / half)
     corpora = ({"name": "nemo", "language": "pl", "licence": "CC", "source": "Someone 2024"},)
     return folder, replace(metadata, name="small", corpora=corpora, files={})
 
@@ -93,16 +98,27 @@ def test_a_bundle_holds_what_the_runtime_needs_and_nothing_else(bundle):
         "certificate.png",
         "metadata.json",
         "model.onnx",
+        "model_fp16.onnx",
         "model_int8.bin",
         "model_int8.onnx",
+        "model_int8_fp16.onnx",
         "model_int8_x86.onnx",
         "selftest.npz",
     ]
     files = Bundle.open(bundle).metadata.files
     for name, entry in files.items():
         assert entry.sha256 == sha256(bundle / name)
-        assert entry.required == (name not in ("model.onnx", "adaptation.json"))
-    assert len(files) == 9
+        optional = ("model.onnx", "model_fp16.onnx", "model_int8_fp16.onnx", "adaptation.json")
+        assert entry.required == (name not in optional)
+    assert len(files) == 11
+
+
+def test_it_opens_without_what_is_optional(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
+    for name, entry in Bundle.open(bundle).metadata.files.items():
+        if not entry.required:
+            (tmp_path / name).unlink()
+    assert tuple(Recognizer.load(tmp_path).predict(sample_paths()[0]).probs) == LABELS
 
 
 def test_a_recognizer_opens_it_and_answers(bundle, graphs):
@@ -154,15 +170,26 @@ def test_the_selftest_records_every_graph_within_the_window(graphs, tmp_path, wi
     write_selftest(folder, sample, 16000, window_s, tmp_path / "s.npz")
     whole = audio.read(sample, rate_hz=16000)
     with np.load(tmp_path / "s.npz", allow_pickle=False) as found:
-        assert len(found.files) == len(lengths_s) * (1 + 3)
+        assert len(found.files) == len(lengths_s) * (1 + 5)
         for i, seconds in enumerate(lengths_s):
             part = found[f"samples_{i}"]
             np.testing.assert_array_equal(part, whole[: round(16000 * seconds)])
             magnitude = np.abs(part).mean()
             expected = [8 * k * magnitude - k**2 for k in range(3)]
-            for stem in ("model", "model_int8", "model_int8_x86"):
+            for stem in STEMS:
                 assert found[f"{stem}_{i}"].dtype == np.float32
                 np.testing.assert_allclose(found[f"{stem}_{i}"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_in_half_has_to_answer_as_what_it_is_made_of(graphs, tmp_path):
+    for file in graphs[0].iterdir():
+        shutil.copy(file, tmp_path / file.name)
+    for half in HALVES.values():
+        (tmp_path / half).write_bytes(b"for a GPU")
+    write_selftest(tmp_path, sample_paths()[0], 16000, 1.0, tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz") as found:
+        for source, half in (("model", "model_fp16"), ("model_int8", "model_int8_fp16")):
+            np.testing.assert_array_equal(found[f"{half}_0"], found[f"{source}_0"])
 
 
 def test_the_card_has_the_table_of_the_certificate(graphs):

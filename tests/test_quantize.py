@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ from onnx import TensorProto, numpy_helper
 from export.encoders.mel import MelEncoder
 from export.encoders.whisper import WhisperStem, load_whisper
 from export.graph import export_graph
+from export.half import HALVES, make_halves
 from export.heads import CnnHead
 from export.model import Classifier
 from export.qdq import QUANTIZED, WEIGHTS, float_nodes, save_with_shared_weights
@@ -169,6 +171,20 @@ def test_int8_is_close_to_full_precision_and_not_equal(folder):
         exact, rounded = (s.run(["embedding"], {"samples": window[None]})[0] for s in (fp32, int8))
         apart = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
         assert 1e-6 < apart < 0.1
+
+
+def test_halves_are_as_close_to_full_precision_as_what_they_are_made_of(folder, tmp_path):
+    for file in folder.glob("model*"):
+        shutil.copy(file, tmp_path / file.name)
+    assert make_halves(tmp_path, windows(), windows()) == dict.fromkeys(HALVES.values(), 1.0)
+    names = ("model.onnx", SIGNED, *HALVES.values())
+    sessions = [plain_session(tmp_path / name) for name in names]
+    logits = np.array(
+        [[s.run(["logits"], {"samples": w[None]})[0] for w in windows()] for s in sessions]
+    )
+    int8, half, int8_half = np.abs(logits[1:] - logits[0]).max(axis=(1, 2, 3))
+    assert 0 < half < 2e-3 * np.abs(logits[0]).max()
+    assert int8_half < 1.5 * int8
 
 
 def test_the_weights_of_both_lie_once_in_one_file(folder):
