@@ -29,7 +29,10 @@ def write(file, nodes, constants, opset=20):
         for name, v in constants.items()
     ]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), file)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10),
+        file,
+    )
     return file
 
 

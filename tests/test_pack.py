@@ -52,6 +52,10 @@ CERTIFICATE = {
             "ua": {"fp32": 0.7, "int8": 0.6},
         }
     ],
+    "quantization": {
+        "float_nodes": {"a": "front end", "b": "front end", "c": "alone 2.0e-03 nats"},
+        "given_back": ["c"],
+    },
     "seed": 7,
 }
 STEMS = ("model", "model_fp16", "model_int8", "model_int8_fp16", "model_int8_x86")
@@ -212,6 +216,7 @@ def test_the_card_has_the_table_of_the_certificate(graphs):
     assert "the same label as full precision on 98.8% of the clips and keeps 99.1%" in card
     assert "pooled among all labels. Seed 7." in card
     assert "96.4% were called uncertain" in card
+    assert "Layers that stay float: `c` (alone 2.0e-03 nats), 2 front end." in card
 
 
 def test_the_card_names_corpora_and_languages(graphs):

@@ -225,7 +225,7 @@ def test_what_smoothing_divided_is_multiplied_back(measured, tmp_path):
     fp32, smooth = home / "out" / "fp32" / "model.onnx", tmp_path / "smooth.onnx"
     windows = subjects.synthetic_speech(2, 0.7, seed=3)
     model = onnx.load(fp32)
-    even_out(model, ["projector"], windows)
+    even_out(model, ["projector"], windows, 0.75)
     onnx.save(model, smooth)
     (projector,) = (node for node in model.graph.node if node.name == "projector")
     exact, found = graph_answers(fp32, fp32, windows), graph_answers(fp32, smooth, windows)

@@ -184,7 +184,7 @@ def test_halves_are_as_close_to_full_precision_as_what_they_are_made_of(folder, 
     )
     int8, half, int8_half = np.abs(logits[1:] - logits[0]).max(axis=(1, 2, 3))
     assert 0 < half < 2e-3 * np.abs(logits[0]).max()
-    assert int8_half < 1.5 * int8
+    assert int8_half < 3 * int8  # some steps of INT8 flip
 
 
 def test_the_weights_of_both_lie_once_in_one_file(folder):
