@@ -129,7 +129,16 @@ def _add_quantize(verbs: Any) -> None:
         action="store_true",
         help="pack a model that misses the gate; the bundle says so",
     )
+    own.add_argument(
+        "--json", type=_output, metavar="FILE", help="write the closing table here as well"
+    )
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _output(text: str) -> Path:
+    if not Path(text).parent.is_dir():  # said now, not after the work
+        raise argparse.ArgumentTypeError(f"{text!r}: make its folder first")
+    return Path(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 Own(
                     args.model, args.calibration, args.evaluation, args.out, args.name,
                     Windows(args.window, args.hop), args.labels, not args.unpadded,
-                    args.allow_uncertified,
+                    args.allow_uncertified, args.json,
                 )
             )  # fmt: skip
             return 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from edge_ser.bundle import SCHEMA_VERSION, Bundle, Metadata
+from edge_ser.bundle import SCHEMA_VERSION, Metadata
 from export.adopt import adopt
 from export.augment import Augmentation
 from export.certify import agree, certify, predict, write_certificate
@@ -19,6 +19,7 @@ from export.checkpoint import locate
 from export.conditions import spread_over
 from export.confidence import abstain_threshold, clip_probs, fit_temperature
 from export.corpora import Clip, label_mask, read_manifest
+from export.costs import costs, table
 from export.errors import CertificateError, CorpusError, RecipeError
 from export.finetuned import load_finetuned
 from export.graph import check_parity, export_graph
@@ -49,6 +50,7 @@ class Own:
         labels: In the order of the logits; needed for an ONNX file.
         padded: See `export.finetuned.load_finetuned`.
         uncertified: Whether a model that misses the gate is packed all the same, and says so.
+        json: Takes what `export.costs.costs` returns.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Own:
     labels: tuple[str, ...] = ()
     padded: bool = True
     uncertified: bool = False
+    json: Path | None = None
 
 
 def quantize_model(own: Own) -> Path:
@@ -123,7 +126,11 @@ def quantize_model(own: Own) -> Path:
     metadata = _metadata(own, name, labels, **known, certified=passed)
     make = partial(make_bundle, metadata, folders["quantize"], folders["certify"], None)
     run_stage(folders["bundle"], {"after": key, "name": name}, make)
-    print(table(folders["bundle"]))
+    found = costs(folders["bundle"])
+    state = "certified" if found["certified"] else "NOT certified"
+    print(f"{table(found)}\n\n{state}: edge-ser predict FILE --bundle {folders['bundle']}")
+    if own.json:
+        own.json.write_text(json.dumps(found, indent=1) + "\n")
     return folders["bundle"]
 
 
@@ -212,24 +219,3 @@ def _certify(
         if not own.uncertified:
             raise CertificateError(f"{exc}; --allow-uncertified packs it all the same") from exc
         tqdm.write(f"not certified: {exc}")
-
-
-def table(bundle: Path) -> str:
-    """Return what a bundle costs and keeps, as a Markdown table."""
-    opened = Bundle.open(bundle)
-    certificate = json.loads((bundle / "certificate.json").read_text())
-    names = {"fp32": "full precision", "int8_x86": "INT8"}
-    lines = ["| graph | MB | equal answers | pooled UA (95 %) |", "|---|---|---|---|"]
-    for name, title in names.items():
-        system = certificate["systems"][name]
-        size = (bundle / system["graph"]).stat().st_size
-        if name != "fp32":
-            size += (bundle / "model_int8.bin").stat().st_size
-        equal = "" if name == "fp32" else f"{certificate['gate'][name]['labels_equal']:.1%}"
-        ua = "not measured"
-        if "pooled" in system:
-            interval = system["pooled"]["ua"]
-            ua = f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-        lines.append(f"| {title} | {size / 1e6:.1f} | {equal} | {ua} |")
-    state = "certified" if opened.metadata.certified else "NOT certified"
-    return "\n".join([*lines, "", f"{state}: edge-ser predict FILE --bundle {bundle}"])

@@ -177,7 +177,7 @@ def make_int8(
         "given_back": given_back,
         "validation": left,
         "alone": alone,
-        "front": front(exact, int8, list(alone), some),
+        "front": front(exact, int8, list(alone), some, len(given_back)),
     }
     shutil.copyfile(graph / "model.onnx", folder / "model.onnx")
     found["half_labels_equal"] = make_halves(folder, windows[:8], some)

@@ -87,6 +87,7 @@ def front(
     int8: onnx.ModelProto,
     worst: Sequence[str],
     windows: Sequence[Floats],
+    chosen: int = 0,
 ) -> list[dict[str, Any]]:
     """Compare graphs with ever more float layers, and full precision.
 
@@ -95,13 +96,14 @@ def front(
         int8: Its signed Q/DQ graph.
         worst: The layers, the worst first.
         windows: Speech, each of shape (T,).
+        chosen: Float layers of one more graph to compare.
 
     Returns:
         For each how many ``float_layers``, ``mb`` of weights, the ``divergence`` in nats, and the
         ``time``: the median over windows, heard by all graphs in turns, of the share of what full
         precision takes.
     """
-    counts = [count for count in FRONT if count < len(worst)]
+    counts = sorted(count for count in {*FRONT, chosen} if count < len(worst))
     models = [unsigned(as_float(int8, exact, worst[:count])) for count in counts]
     sessions = [session_of(model) for model in (*models, exact)]
     answers: list[list[Logits]] = [[] for _ in sessions]

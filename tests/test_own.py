@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import numpy as np
 import onnx
@@ -73,8 +74,8 @@ def command(home, model, *more):
 
 
 def test_a_fine_tuned_folder_becomes_a_certified_bundle_in_one_command(home, capsys):
-    test = str(home / "test.csv")
-    assert main(command(home, home / "mine", "--evaluation", test)) == 0
+    test, file = str(home / "test.csv"), home / "mine.json"
+    assert main(command(home, home / "mine", "--evaluation", test, "--json", str(file))) == 0
     out = capsys.readouterr().out
     folder = home / "out" / "mine" / "bundle"
     assert out.splitlines()[-1] == f"certified: edge-ser predict FILE --bundle {folder}"
@@ -83,6 +84,13 @@ def test_a_fine_tuned_folder_becomes_a_certified_bundle_in_one_command(home, cap
     assert bundle.metadata.labels == LABELS
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["gate"]["int8_x86"]["passed"]
+    told = json.loads(file.read_text())
+    assert (told["name"], told["certified"]) == ("mine", True)
+    int8 = told["graphs"]["int8_x86"]
+    files = [folder / name for name in ("model_int8_x86.onnx", "model_int8.bin")]
+    assert int8["mb"] == sum(one.stat().st_size for one in files) / 1e6
+    assert int8["ua"] == certificate["systems"]["int8_x86"]["pooled"]["ua"]
+    assert told["float_layers"] == certificate["quantization"]["given_back"]
     assert certificate["parity"]["worst_logit_difference"] < 1e-4
     assert certificate["systems"]["fp32"]["pooled"]["ua"]["value"] > 0.9
     assert [row["condition"] for row in certificate["conditions"]][:2] == ["1 s", "as it is"]
@@ -142,7 +150,9 @@ def test_an_onnx_file_becomes_a_bundle_without_labelled_speech(home, tmp_path, c
     arguments[3] = str(home / "plain.csv")
     assert main(arguments) == 0
     folder = home / "out" / "loud" / "bundle"
-    assert "| INT8 | 0.0 | 100.0% | not measured |" in capsys.readouterr().out
+    assert re.search(
+        r"\| INT8 \| 0.0 \| \d.\d\d \| 100.0% \| not measured \|", capsys.readouterr().out
+    )
     metadata = Bundle.open(folder).metadata
     assert (metadata.temperature, metadata.abstain_below) == (1.0, 0.0)
     assert "pooled" not in json.loads((folder / "certificate.json").read_text())["systems"]["fp32"]
