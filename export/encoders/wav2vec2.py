@@ -112,7 +112,8 @@ def fill_encoder(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     """Copy tensors into a network of transformers, and make it ready for export.
 
     Weight normalization is merged: else its products would be computed in the graph, whose weights
-    no quantizer could tell.
+    no quantizer could tell. A group normalization of single channels is written as what it is, an
+    instance normalization: one pass over the longest tensor of the network in place of three.
 
     Raises:
         RecipeError: As of `export.checkpoint.fill`.
@@ -123,6 +124,11 @@ def fill_encoder(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels:
+                single = nn.InstanceNorm1d(norm.num_channels, norm.eps, affine=True)
+                single.weight, single.bias = norm.weight, norm.bias
+                setattr(module, name, single)
     write_out(model)
 
 
