@@ -8,13 +8,14 @@ heard, and asked about the others. So every clip of every speaker is asked once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from tqdm import tqdm
 
 from benchmarks.quantizers import QUANTIZERS, run_quantizer
@@ -27,7 +28,9 @@ from export.corpora import Clip
 from export.graph import export_graph
 from export.model import load_classifier
 from export.pack import describe
-from export.quantize import make_int8
+from export.probe import Floats
+from export.qdq import as_float
+from export.quantize import give_back, quantize, write_int8
 from export.recipe import Quantize
 from export.speech import RATE_HZ, Speech
 from export.splits import pooled, speakers
@@ -38,7 +41,7 @@ PEERS = ("onnxruntime_dynamic", "onnxruntime_static", "modelopt_default")
 PEER_WINDOWS, PEER_S = 32, 3.0  # modelopt takes windows of one length only
 JUDGED = 200
 AS_IT_IS = "as it is"
-ANSWERS = "answers.json"
+ANSWERS, GIVEN_BACK = "answers.json", "given_back.json"
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,9 @@ def answer(
     key = run_stage(folder / "graph", reads, export)
     files, refused = {FP32: folder / "graph" / FP32_GRAPH}, {}
     calibration = speech.first_windows(part.calibration)
+    judged = speech.first_windows(part.judged)
     for name, how in settings.items():
-        judged = speech.first_windows(part.judged)
-        make = partial(make_int8, folder / "graph", calibration, judged, how)
+        make = partial(_quantize, files[FP32], calibration, judged, how)
         run_stage(folder / name, {"after": key, "quantize": how}, make)
         files[name] = folder / name / X86_GRAPH
     windows = [np.resize(window, round(PEER_S * RATE_HZ)) for window in calibration]
@@ -142,12 +145,24 @@ def answer(
     reads = {"after": key, "quantize": settings, "systems": sorted(files), "asked": temperature}
     make = partial(_ask, speech, temperature, part, files, peers)
     run_stage(folder / "answers", reads, make)
-    given_back = {
-        name: json.loads((folder / name / "quantization.json").read_text())["given_back"]
-        for name in settings
-    }
+    given_back = {name: json.loads((folder / name / GIVEN_BACK).read_text()) for name in settings}
     found = json.loads((folder / "answers" / ANSWERS).read_text())
     return {"conditions": found, "given_back": given_back, "refused": refused}
+
+
+def _quantize(
+    fp32: Path,
+    windows: Sequence[Floats],
+    judged: Sequence[Floats],
+    settings: Quantize,
+    folder: Path,
+) -> None:
+    exact, int8, layers = quantize(onnx.load(fp32), windows, settings)
+    given_back: list[str] = []
+    if settings.most_float:
+        given_back = give_back(exact, int8, layers, judged, settings)[1]
+    write_int8(as_float(int8, exact, given_back), folder)
+    (folder / GIVEN_BACK).write_text(json.dumps(given_back))
 
 
 def _ask(

@@ -140,6 +140,38 @@ def write_int8(int8: onnx.ModelProto, folder: Path) -> None:
     )
 
 
+def give_back(
+    exact: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    layers: Sequence[str],
+    judged: Sequence[Floats],
+    settings: Quantize,
+) -> tuple[dict[str, float], list[str], dict[str, float]]:
+    """Choose the layers that go back to float, so that judged windows are answered alike.
+
+    Args:
+        exact: Full precision.
+        int8: Its signed Q/DQ graph.
+        layers: Names of the quantized nodes.
+        judged: Speech that was not calibrated with, each of shape (T,).
+        settings: The recipe's.
+
+    Returns:
+        What each layer costs alone, see `walk`; those that are chosen; and what is left of the
+        cost with them float, see `least_float`.
+    """
+    alone = walk(exact, int8, layers, _some(judged))
+    given_back, left = least_float(
+        exact, int8, list(alone)[: settings.most_float], judged,
+        equal=settings.labels_equal, most_apart=settings.divergence,
+    )  # fmt: skip
+    return alone, given_back, left
+
+
+def _some(windows: Sequence[Floats]) -> Sequence[Floats]:
+    return windows[:: -(-len(windows) // WALK_WINDOWS)]
+
+
 def make_int8(
     graph: Path,
     windows: Sequence[Floats],
@@ -163,14 +195,9 @@ def make_int8(
     """
     model = onnx.load(graph / "model.onnx")
     exact, int8, layers = quantize(model, windows, settings)
-    some = judged[:: max(1, len(judged) // WALK_WINDOWS)]
-    alone = walk(exact, int8, layers, some)
-    given_back, left = least_float(
-        exact, int8, list(alone)[: settings.most_float], judged,
-        equal=settings.labels_equal, most_apart=settings.divergence,
-    )  # fmt: skip
-    chosen = as_float(int8, exact, given_back)
-    write_int8(chosen, folder)
+    alone, given_back, left = give_back(exact, int8, layers, judged, settings)
+    write_int8(as_float(int8, exact, given_back), folder)
+    some = _some(judged)
     reasons = {name: f"alone {alone[name]:.1e} nats" for name in given_back}
     found = {
         "float_nodes": {**float_nodes(model.graph), **reasons},

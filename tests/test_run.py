@@ -608,8 +608,8 @@ def test_int8_is_compared_on_speakers_that_no_head_has_heard(home, capsys, tmp_p
     written = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
     variants = tmp_path / "variants.toml"
     variants.write_text(
-        f'base = "{home}/teacher.toml"\n[variants.none]\n'
-        "quantize = { smoothing = 0.0, centring = false, gptq = false, bias_correction = false }\n"
+        f'base = "{home}/teacher.toml"\n[common]\nquantize = {{ most_float = 0 }}\n'
+        "[variants.none]\nquantize = { smoothing = 0.0, centring = false, gptq = false }\n"
     )
     assert benchmarks(["accuracy", *places, *written, "--variants", str(variants)]) == 0
     table = capsys.readouterr().out
