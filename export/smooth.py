@@ -3,7 +3,8 @@
 One scale serves a whole activation tensor, so a few loud channels leave the others with a few
 levels out of 256. Dividing each input channel of a layer by a factor, and multiplying the layer's
 weights for that channel by it, changes nothing in full precision. Where a LayerNormalization stands
-before the layer, the division goes into its constants and costs nothing; elsewhere it is a Mul.
+before the layer, the division goes into its constants and costs nothing; elsewhere it is a Mul,
+which must be worth its time.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
+
+# Of the squared error that rounding makes, the most that an extra multiplication may leave.
+WORTH = 0.5
 
 
 def even_out(
@@ -60,13 +64,17 @@ def _even_tensor(
     heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
     factor = np.maximum(loudest, 1e-5) ** strength / np.maximum(heaviest, 1e-5) ** (1 - strength)
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    producer = next(node for node in graph.node if tensor in node.output)
+    readers = [node for node in graph.node if tensor in node.input]
+    free = producer.op_type == "LayerNormalization" and len(readers) == len(layers)
+    squares = sum(np.square(weight).reshape(len(weight), -1).sum(axis=1) for weight in weights)
+    if error_left(loudest, squares, factor) > (1 if free else WORTH):
+        return
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         array = np.ascontiguousarray(exchange_channels(node, scaled))
         constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
-    producer = next(node for node in graph.node if tensor in node.output)
-    readers = [node for node in graph.node if tensor in node.input]
-    if producer.op_type == "LayerNormalization" and len(readers) == len(layers):
+    if free:
         for place in range(1, len(producer.input)):
             array = numpy_helper.to_array(constants[producer.input[place]]) / factor
             name = f"{tensor}_even_{place}"  # of its own: a constant may serve several nodes
@@ -80,6 +88,25 @@ def _even_tensor(
     graph.node.insert(list(graph.node).index(producer) + 1, divide)
     for node in layers:
         node.input[0] = even
+
+
+def error_left(loudest: Floats, squares: Floats, factor: Floats) -> float:
+    """Return what factors leave of the squared error that the rounding of activations makes.
+
+    Every channel is off by the same step, which the loudest one decides; a layer's output takes
+    that up as much as the squares of the channel's weights say.
+
+    Args:
+        loudest: Largest magnitude of every channel, (D,).
+        squares: Sum of the squared weights that read it, (D,).
+        factor: What it is divided by, and its weights are multiplied by, (D,).
+
+    Returns:
+        Above 1 where the error grows.
+    """
+    before = loudest.max() ** 2 * squares.sum()
+    after = (loudest / factor).max() ** 2 * (squares * factor**2).sum()
+    return float(after / before) if before else 1.0
 
 
 def exchange_channels(node: onnx.NodeProto, weights: Floats) -> Floats:

@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.debias import correct_biases
-from export.smooth import channel_maxima, even_out
+from export.smooth import channel_maxima, error_left, even_out
 
 CHANNELS, OUT = 6, 4
 LOUD = np.array([1, 1, 50, 1, 1, 1], np.float32)
@@ -132,3 +132,29 @@ def test_a_layer_without_a_bias_of_its_own_is_left_alone():
     before = int8.SerializeToString()
     correct_biases(fp32, int8, WINDOWS, ["layer"])
     assert int8.SerializeToString() == before
+
+
+def test_the_error_that_is_left_is_that_of_rounding():
+    rng = np.random.default_rng(0)
+    loudest, weights = np.array([1.0, 40.0, 3.0]), rng.normal(size=(3, 50))
+    factor = np.array([0.2, 4.0, 0.5])
+    errors = []
+    for by in (np.ones(3), factor):
+        values = rng.uniform(-1, 1, (20000, 3)) * loudest / by
+        step = (loudest / by).max() / 127
+        off = (np.round(values / step) * step - values) @ (weights * by[:, None])
+        errors.append(np.square(off).sum())
+    found = error_left(loudest, np.square(weights).sum(axis=1), factor)
+    assert found == pytest.approx(errors[1] / errors[0], rel=0.1)
+    assert found < 0.5
+
+
+def test_what_gains_little_is_left_as_it_is():
+    for first, scaled in ((NORM, False), (GELU, False), (GELU, True)):
+        model = network(first, MATMUL)
+        for tensor in model.graph.initializer:
+            if tensor.name == "loud" and not scaled:  # all channels alike: nothing to even out
+                tensor.CopyFrom(numpy_helper.from_array(np.ones(CHANNELS, np.float32), "loud"))
+        nodes = len(model.graph.node)
+        even_out(model, ["layer"], WINDOWS, STRENGTH)
+        assert len(model.graph.node) == nodes + scaled
