@@ -11,13 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import rel_entr
 from tqdm import tqdm
 
 from benchmarks import machine
@@ -82,10 +80,7 @@ def measure(
         "schema": 1,
         "benchmark": "accuracy",
         "command": f"python -m benchmarks accuracy {path.name} --seed {seed}{words}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
-        "versions": machine.versions(PACKAGES),
+        **machine.provenance(PACKAGES),
         "recipe": run.recipe.name,
         "seed": seed,
         "settings": {name: asdict(how) for name, how in settings.items()},
@@ -145,7 +140,7 @@ def rows(
             "system": name,
             "clips": len(clips),
             "labels_equal": float((one.argmax(axis=1) == before).mean()),
-            "divergence": float(rel_entr(exact, np.maximum(one, 1e-12)).sum(axis=1).mean()),
+            "divergence": metrics.divergence(exact, one),
             "fp32": ua(before),
             "ua": ua(one.argmax(axis=1)),
             "difference": asdict(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -75,10 +74,7 @@ def measure(
     result = {
         "schema": 1,
         "benchmark": "latency",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
-        "versions": machine.versions(PACKAGES),
+        **machine.provenance(PACKAGES),
         "protocol": {"window_s": window_s, "runs": runs, "warm_up": WARM_UP},
     }
     rows = []
@@ -148,7 +144,7 @@ def _load_torch_default(
         raise EdgeSerError("needs --weights, the pretrained encoder")
     torch = import_torch(threads)
     from export.model import load_classifier, new_classifier
-    from export.recipe import read_recipe
+    from export.recipe_file import read_recipe
 
     recipe = read_recipe(recipes / "default.toml")
     if not (weights / recipe.encoder.source).is_dir():  # or it would be downloaded

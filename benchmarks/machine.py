@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ import edge_ser
 from edge_ser.engines import has_vnni
 
 ROOT = Path(__file__).parent.parent  # the checkout
+
+
+def provenance(packages: Sequence[str]) -> dict[str, Any]:
+    """Return the ``date``, ``commit``, ``machine`` and ``versions`` of a result."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": describe(),
+        "versions": versions(packages),
+    }
 
 
 def describe() -> dict[str, Any]:

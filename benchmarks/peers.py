@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,10 +89,7 @@ def measure(
     result = {
         "schema": 1,
         "benchmark": "peers",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
-        "versions": machine.versions(PACKAGES),
+        **machine.provenance(PACKAGES),
         "protocol": {
             "windows_s": list(clips),
             "runs": runs,

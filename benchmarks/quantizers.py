@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnxruntime.quantization import (
-    CalibrationDataReader,
     CalibrationMethod,
     QuantFormat,
     QuantType,
@@ -28,7 +27,7 @@ from onnxruntime.quantization import (
 from benchmarks.subjects import Samples
 from edge_ser.errors import MissingDependency
 from export.qdq import QUANTIZED, float_nodes, unsigned
-from export.quantize import quantize, write_int8
+from export.quantize import WindowReader, quantize, write_int8
 
 Make = Callable[[Path, Sequence[Samples], Path], None]
 MODEL = "model.onnx"
@@ -48,15 +47,6 @@ class Quantizer:
     name: str
     make: Make
     rows: Mapping[str, tuple[str, str]]
-
-
-class _Windows(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, windows: Sequence[Samples]) -> None:
-        self._left: Iterator[Samples] = iter(windows)
-
-    def get_next(self) -> dict[str, Samples] | None:
-        window = next(self._left, None)
-        return None if window is None else {"samples": window[None]}
 
 
 def _plain(fp32: Path, folder: Path) -> Path:
@@ -100,7 +90,7 @@ def make_static(fp32: Path, windows: Sequence[Samples], folder: Path) -> None:
     quantize_static(
         plain,
         folder / MODEL,
-        _Windows(windows),
+        WindowReader(windows),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,

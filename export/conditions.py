@@ -133,12 +133,10 @@ def _row(
         0, 1
     )
     answers = exact.argmax(axis=1), rounded.argmax(axis=1)
-    least = 1e-12
-    kl = (exact * (np.log(exact + least) - np.log(rounded + least))).sum(axis=1)
     row: dict[str, Any] = {
         "clips": len(clips),
         "labels_equal": float((answers[0] == answers[1]).mean()),
-        "kl": float(kl.mean()),
+        "kl": metrics.divergence(exact, rounded),
     }
     if labelled:
         true = np.array([metadata.labels.index(clip.emotion) for clip in clips])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from export.confidence import clip_probs
 from export.crossfit import answer_folds
 from export.errors import RecipeError
-from export.recipe import read_recipe
+from export.recipe_file import read_recipe
 from export.run import features_of
 from export.scores import score
 from export.seeds import shown, spread

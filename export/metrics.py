@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import rel_entr
 
 FEWEST_SPEAKERS = 5
 """With fewer speakers in a corpus, resampling them says more of the draw than of the model."""
@@ -174,6 +175,14 @@ def ua_interval(
     units, weights, unit = _draws(speakers, corpora, resamples, seed)
     matrices = _confusions(true, predicted, n, units, weights.shape[1])
     return _interval(ua(matrices.sum(axis=0)), ua(_weighted(weights, matrices)), unit)
+
+
+def divergence(exact: Floats, found: Floats) -> float:
+    """Return the mean Kullback-Leibler divergence of probs from exact ones, both (N, C), in nats.
+
+    Probabilities of ``found`` count as 1e-12 at least.
+    """
+    return float(rel_entr(exact, np.maximum(found, 1e-12)).sum(axis=1).mean())
 
 
 def ua_difference(

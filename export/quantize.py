@@ -45,13 +45,14 @@ DEBIAS_WINDOWS = 24  # each level's turn runs all of them
 WALK_WINDOWS = 24  # each layer's turn runs all of them
 
 
-class _Windows(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds windows one by one: they differ in length."""
+class WindowReader(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds windows, each of shape (T,), one by one: they differ in length."""
 
     def __init__(self, windows: Sequence[Floats]) -> None:
         self._left: Iterator[Floats] = iter(windows)
 
     def get_next(self) -> dict[str, Floats] | None:
+        """Return the next window as the graph takes it, (1, T); None behind the last."""
         window = next(self._left, None)
         return None if window is None else {"samples": window[None]}
 
@@ -111,7 +112,7 @@ def calibrate(
             quantize_static(
                 plain,
                 signed,
-                _Windows(tqdm(windows, desc="calibration", unit="window")),
+                WindowReader(tqdm(windows, desc="calibration", unit="window")),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
                 nodes_to_exclude=kept,

@@ -29,7 +29,8 @@ from export.folds import make_folds
 from export.graph import make_graph
 from export.pack import describe, make_bundle
 from export.quantize import make_int8
-from export.recipe import Recipe, read_recipe
+from export.recipe import Recipe
+from export.recipe_file import read_recipe
 from export.speech import Speech
 from export.stage import discard, fingerprint, key_of, run_stage
 from export.teacher import TEACHERS, load_teacher

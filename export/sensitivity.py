@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from scipy.special import log_softmax
+from scipy.special import softmax
 from tqdm import tqdm
 
+from export import metrics
 from export.probe import Floats, session_of
 from export.qdq import as_float, unsigned
 
@@ -134,8 +135,8 @@ def divergence(expected: Logits, found: Logits) -> float:
         expected: Logits (N, C).
         found: The same of another graph.
     """
-    logs = log_softmax(expected, axis=1), log_softmax(found, axis=1)
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+    exact, probs = (softmax(logits.astype(np.float64), axis=1) for logits in (expected, found))
+    return metrics.divergence(exact, probs)
 
 
 def logits_of(model: onnx.ModelProto, windows: Sequence[Floats]) -> Logits:

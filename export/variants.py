@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import RecipeError
-from export.recipe import Recipe, read_document, recipe_from
+from export.recipe import Recipe
+from export.recipe_file import read_document, recipe_from
 
 BASE = "base"
 

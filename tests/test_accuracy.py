@@ -8,7 +8,7 @@ from benchmarks.accuracy import EQUAL, accuracy_markdown, holds, rows
 from benchmarks.report import accuracy_plot
 from benchmarks.unheard import AS_IT_IS, FP32, OURS, parts
 from export.corpora import Clip
-from export.recipe import recipe_from
+from export.recipe_file import recipe_from
 from export.speech import Speech
 from export.splits import pooled, speakers
 from tests.speech_corpus import LABELS, SPEAKERS, VALIDATION, make_corpora

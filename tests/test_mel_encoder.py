@@ -9,7 +9,8 @@ from export.encoders import load_encoder
 from export.encoders.mel import MelEncoder
 from export.encoders.whisper import WhisperStem, halved, load_whisper
 from export.model import new_classifier
-from export.recipe import EncoderChoice, read_recipe
+from export.recipe import EncoderChoice
+from export.recipe_file import read_recipe
 from tests.speech_corpus import make_whisper
 
 SHORTEST, LONGEST = 6400, 64000  # samples: what the runtime gives to a graph

@@ -16,8 +16,8 @@ from export.recipe import (
     Recipe,
     Train,
     Windows,
-    read_recipe,
 )
+from export.recipe_file import read_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-from export.quantize import _Windows
+from export.quantize import WindowReader
 from export.rounding import round_rows, round_weights, second_moments
 
 
@@ -109,7 +109,7 @@ def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
     quantize_static(
         tmp_path / "fp32.onnx",
         tmp_path / "int8.onnx",
-        _Windows(WINDOWS),
+        WindowReader(WINDOWS),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8,
