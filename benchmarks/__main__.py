@@ -51,6 +51,17 @@ examples:
 Close other programs: ratios survive a busy machine, milliseconds do not.
 """
 
+_MATCH = """For want of a fine-tuned checkpoint. OUT takes the checkpoint, whose matching.json says
+how near it came, and speech to calibrate with and to compare answers on.
+
+examples:
+  python -m benchmarks match export/recipes/default.toml --corpora DIR --weights DIR --out OUT
+      an hour of processor time
+  python -m benchmarks peers OUT/wav2vec2_matched \\
+      --calibration OUT/speech/calibration/manifest.csv --clips OUT/speech/clips --out PEERS
+      what quantization does to it
+"""
+
 _ACCURACY = """Heads come from python -m export run RECIPE with the same --out and --seed. Graphs
 and answers stay there, and are made again only when they must be.
 
@@ -137,6 +148,15 @@ def _accuracy(args: argparse.Namespace) -> None:
     _show(args, result, accuracy_markdown, accuracy_plot)
 
 
+def _match(args: argparse.Namespace) -> None:
+    from benchmarks.match import match
+
+    if not args.cpu_minutes > 0:
+        args.usage(f"argument --cpu-minutes: {args.cpu_minutes:g}; allowed: more than 0")
+    places = (args.recipe, args.corpora, args.weights, args.out)
+    print(json.dumps(match(*places, args.cpu_minutes), indent=1))
+
+
 def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot: Any) -> None:
     if args.json:
         args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -200,6 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     accuracy = verbs.add_parser("accuracy", help=about, description=about, epilog=_ACCURACY, **raw)
     accuracy.set_defaults(run=_accuracy)
 
+    about = "Teach a wav2vec2-base what the layers of Whisper make of speech, to measure it."
+    match = verbs.add_parser("match", help=about, description=about, epilog=_MATCH, **raw)
+    match.set_defaults(run=_match, usage=match.error)
+
     def option(
         verb: Any, name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any
     ) -> None:
@@ -228,12 +252,17 @@ def _parser() -> argparse.ArgumentParser:
     option(peers, "--clips", _existing, None, "DIR", text)
     option(peers, "--windows", _lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
     option(accuracy, "recipe", _existing, None, "RECIPE", "a TOML file with [train]")
-    for name, text in (
-        ("--corpora", "folder with a folder a corpus"),
-        ("--weights", "folder of checkpoints; without it: hub ids"),
-        ("--out", "where the run left its results; what is made here stays there"),
-    ):
-        option(accuracy, name, _existing, None, "DIR", text, required=name != "--weights")
+    option(match, "recipe", _existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
+    for verb in (accuracy, match):
+        text = "folder with a folder a corpus"
+        option(verb, "--corpora", _existing, None, "DIR", text, required=True)
+        text = "folder of checkpoints; without it: hub ids"
+        option(verb, "--weights", _existing, None, "DIR", text)
+    text = "where the run left its results; what is made here stays there"
+    option(accuracy, "--out", _existing, None, "DIR", text, required=True)
+    option(match, "--out", _output, None, "DIR", "where the results go", required=True)
+    text = "processor time of the training; all cores compute (60)"
+    option(match, "--cpu-minutes", float, 60, "N", text)
     option(accuracy, "--seed", int, 0, "N", "of the run (0)")
     text = "variants of the recipe's [quantize], in place of other tools"
     option(accuracy, "--variants", _existing, None, "FILE", text)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ NOISE_DB = (20, 10)
 
 Samples = npt.NDArray[np.float32]
 Change = Callable[[Samples, int], Samples]
+T = TypeVar("T")
 
 
 def of_length(clips: Sequence[Clip], length_s: float, rate_hz: int) -> list[tuple[Clip, Samples]]:
@@ -54,7 +55,7 @@ def of_length(clips: Sequence[Clip], length_s: float, rate_hz: int) -> list[tupl
     return found
 
 
-def spread_over(clips: Sequence[Clip], most: int) -> list[Clip]:
+def spread_over(clips: Sequence[T], most: int) -> list[T]:
     """Return so many clips at most, evenly from the first to the last."""
     places = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
     return [clips[place] for place in places]
