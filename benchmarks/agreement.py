@@ -45,27 +45,31 @@ def graph_answers(fp32: Path, file: Path, windows: Sequence[Samples]) -> list[An
     original, model = onnx.load(fp32), onnx.load(file)
     (projector,) = (node for node in original.graph.node if node.name == "projector")
     states = projector.input[0]
-    factor = _divided_by(original.graph, model.graph, states)
+    factor, shift = _moved_by(original.graph, model.graph, states)
     del original  # of a large network it is more than a gigabyte
     values = tensor_values(model, ["logits", states], windows)
-    return [(found["logits"][0], found[states][0] * factor) for found in values]
+    return [(found["logits"][0], found[states][0] * factor + shift) for found in values]
 
 
-def _divided_by(original: Any, quantized: Any, tensor: str) -> NDArray[np.float32]:
-    """Return the factors by which smoothing divided the channels of a norm's output; else ones.
+def _moved_by(
+    original: Any, quantized: Any, tensor: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return factor and shift that lead from a norm's output back to the original's, (D,) each.
 
-    `export.smooth` puts them into the constants of the norm, and the opposite into what reads it.
+    `export.smooth` divides its channels and `export.centre` shifts them, by constants of the norm.
     """
     from onnx import numpy_helper
 
-    scales = []
+    norms = []
     for graph in (original, quantized):
         constants = {one.name: one for one in graph.initializer}
         producer = next(node for node in graph.node if tensor in node.output)
         if producer.op_type != "LayerNormalization" or producer.input[1] not in constants:
-            return np.ones(1, np.float32)
-        scales.append(numpy_helper.to_array(constants[producer.input[1]]))
-    return np.asarray(scales[0] / scales[1])
+            return np.ones(1, np.float32), np.zeros(1, np.float32)
+        norms.append([numpy_helper.to_array(constants[name]) for name in producer.input[1:]])
+    (scale, bias), (its_scale, its_bias) = norms
+    factor = scale / its_scale
+    return factor, bias - factor * its_bias
 
 
 def torch_answers(network: Any, forward: Any, windows: Sequence[Samples]) -> list[Answer]:

@@ -1,9 +1,12 @@
-"""Centring: what a layer reads is shifted so that a symmetric 8-bit scale is used on both sides.
+"""Centring: each channel that a layer reads is shifted to the middle of its range.
 
-A GELU gives values from -0.17 up to several units; with zero point 0, as TensorRT demands, nearly
-half of the 255 steps would stay unused. Subtracting a constant before the rounding and adding what
-the layer makes of that constant to its bias changes nothing in full precision. The constant is a
-whole number of steps, so that zero, the most frequent value behind a GELU, is still met exactly.
+With zero point 0, as TensorRT demands, the 255 steps lie evenly around zero. Behind a GELU, which
+gives values from -0.17 up, nearly half of them would stay unused, and a channel far from zero would
+waste more. Subtracting a constant from each channel before the rounding, and adding what the layer
+makes of these constants to its bias, changes nothing in full precision (the channel-wise shifting
+of Outlier Suppression+, arXiv 2304.09145). Where a LayerNormalization stands before the layer, the
+subtraction goes into its bias and costs nothing; elsewhere it is a Sub, which must be worth its
+time.
 """
 
 from collections.abc import Sequence
@@ -14,70 +17,133 @@ from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
 
-STEPS = 254  # from -127 to 127
-LOPSIDED = 0.25  # below this share of the range, a shift is not worth its subtraction
+# Of the squared error of evened-out channels, the most that a subtraction may leave.
+WORTH = 0.5
+ONE_SIDED = 0.25  # the shorter side to the longer one
 
 
 def centre(model: onnx.ModelProto, layers: Sequence[str], windows: Sequence[Floats]) -> None:
-    """Centre what MatMul layers with a bias read, in place.
+    """Centre what MatMul layers read, in place.
 
     Args:
         model: Its MatMul weights are constants.
         layers: Names of the nodes that will be quantized.
         windows: Calibration speech, each of shape (T,).
     """
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    found = {}
-    for layer in graph.node:
-        readers = [node for node in graph.node if set(layer.output) & set(node.input)]
-        if layer.op_type == "MatMul" and layer.name in set(layers) and len(readers) == 1:
-            place = next((i for i, name in enumerate(readers[0].input) if name in constants), None)
-            if readers[0].op_type == "Add" and place is not None:
-                found[layer.name] = layer, readers[0], place
-    ranges = _ranges(model, sorted({layer.input[0] for layer, _, _ in found.values()}), windows)
-    for layer, add, place in found.values():
-        low, high = ranges[layer.input[0]]
-        shift = offset(low, high)
-        if not shift:
-            continue
-        weight = numpy_helper.to_array(constants[layer.input[1]])
-        bias = numpy_helper.to_array(constants[add.input[place]]) + shift * weight.sum(axis=0)
-        names = f"{layer.name}_shift", f"{layer.name}_bias", f"{layer.name}_centred"
-        for name, value in zip(names, (np.float32(shift), bias), strict=False):
-            graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
-        subtract = helper.make_node("Sub", [layer.input[0], names[0]], [names[2]], names[2])
-        graph.node.insert(list(graph.node).index(layer), subtract)
-        layer.input[0], add.input[place] = names[2], names[1]
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.name in set(layers):
+            readers.setdefault(node.input[0], []).append(node)
+    for tensor, (low, high) in channel_bounds(model, list(readers), windows).items():
+        _centre_tensor(model.graph, tensor, readers[tensor], *widened(low, high))
 
 
-def offset(low: float, high: float) -> float:
-    """Return what to subtract from values between two bounds: a whole number of 8-bit steps.
-
-    Args:
-        low: Smallest value.
-        high: Largest value.
-
-    Returns:
-        0 where the range is centred well enough, or is a single value.
-    """
-    if low == high or abs(low + high) < LOPSIDED * (high - low):
-        return 0.0
-    if low + high < 0:
-        return -offset(-high, -low)
-    side = STEPS // 2
-    most = side if low >= 0 else side - 1  # a negative value needs a step of its own
-    steps = min(round((low + high) / (high - low) * side), most)
-    # The larger of the two sides decides the step, as it does in the quantizer.
-    return steps * max(high / (side + steps), -low / max(1, side - steps))
-
-
-def _ranges(
+def channel_bounds(
     model: onnx.ModelProto, names: Sequence[str], windows: Sequence[Floats]
-) -> dict[str, tuple[float, float]]:
-    bounds: dict[str, tuple[float, float]] = {}
+) -> dict[str, tuple[Floats, Floats]]:
+    """Return the smallest and largest values of every channel, the last axis, by tensor."""
+    bounds: dict[str, tuple[Floats, Floats]] = {}
     for values in tensor_values(model, names, windows):
         for name, value in values.items():
-            low, high = bounds.get(name, (np.inf, -np.inf))
-            bounds[name] = min(low, float(value.min())), max(high, float(value.max()))
+            frames = value.reshape(-1, value.shape[-1])
+            low, high = bounds.get(name, (frames[0], frames[0]))
+            bounds[name] = (
+                np.minimum(low, frames.min(axis=0)), np.maximum(high, frames.max(axis=0))
+            )  # fmt: skip
     return bounds
+
+
+def widened(low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Give channels behind an activation function no shorter a range than half of them have.
+
+    A unit that calibration speech hardly excites may be loud in other speech, and would be cut off.
+
+    Args:
+        low: Smallest values of every channel, (D,).
+        high: Largest values.
+
+    Returns:
+        Both; where the values are not one-sided, as they are.
+    """
+    below, above = float(-low.min()), float(high.max())
+    if 0 <= below < ONE_SIDED * above:
+        return low, np.maximum(high, np.median(high))
+    if 0 <= above < ONE_SIDED * below:
+        return np.minimum(low, np.median(low)), high
+    return low, high
+
+
+def _centre_tensor(
+    graph: onnx.GraphProto,
+    tensor: str,
+    layers: Sequence[onnx.NodeProto],
+    low: Floats,
+    high: Floats,
+) -> None:
+    constants = {constant.name: constant for constant in graph.initializer}
+    weights = [numpy_helper.to_array(constants[layer.input[1]]) for layer in layers]  # (D, O)
+    producer = next(node for node in graph.node if tensor in node.output)
+    free = (
+        producer.op_type == "LayerNormalization"
+        and len(producer.input) == 3
+        and sum(tensor in node.input for node in graph.node) == len(layers)
+    )
+    if not free and error_left(low, high, weights) > WORTH:
+        return
+    shift = ((low + high) / 2).astype(np.float32)
+    if free:
+        bias = numpy_helper.to_array(constants[producer.input[2]]) - shift
+        producer.input[2] = _constant(graph, f"{tensor}_centred_bias", bias)
+    else:
+        centred = f"{tensor}_centred"
+        inputs = [tensor, _constant(graph, f"{tensor}_shift", shift)]
+        place = min(list(graph.node).index(layer) for layer in layers)
+        graph.node.insert(place, helper.make_node("Sub", inputs, [centred], centred))
+        for layer in layers:
+            layer.input[0] = centred
+    for layer, weight in zip(layers, weights, strict=True):
+        _add(graph, layer, shift @ weight, constants)
+
+
+def error_left(low: Floats, high: Floats, weights: Sequence[Floats]) -> float:
+    """Return what centring leaves of the squared error that rounding makes.
+
+    Channels that are evened out have a step each, as wide as their range asks for; a layer's output
+    takes the error up as much as the squares of the channel's weights say.
+
+    Args:
+        low: Smallest values of every channel, (D,).
+        high: Largest values.
+        weights: Of the layers that read them, (D, O) each.
+    """
+    squares = sum(np.square(weight).sum(axis=1) for weight in weights)
+    before = (np.square(np.maximum(-low, high)) * squares).sum()
+    after = (np.square((high - low) / 2) * squares).sum()
+    return float(after / before) if before else 1.0
+
+
+def _add(
+    graph: onnx.GraphProto,
+    layer: onnx.NodeProto,
+    more: Floats,
+    constants: dict[str, onnx.TensorProto],
+) -> None:
+    """Add a constant (O,) to a layer's output: in its bias, or in an Add where it has none."""
+    output = layer.output[0]
+    readers = [node for node in graph.node if output in node.input]
+    name = f"{layer.name}_bias"
+    if len(readers) == 1 and readers[0].op_type == "Add":
+        place = next((i for i, one in enumerate(readers[0].input) if one in constants), None)
+        if place is not None:
+            bias = numpy_helper.to_array(constants[readers[0].input[place]])
+            readers[0].input[place] = _constant(graph, name, bias + more)  # it may serve others
+            return
+    layer.output[0] = f"{layer.name}_product"
+    inputs = [layer.output[0], _constant(graph, name, more)]
+    added = helper.make_node("Add", inputs, [output], f"{layer.name}_add")
+    graph.node.insert(list(graph.node).index(layer) + 1, added)
+
+
+def _constant(graph: onnx.GraphProto, name: str, values: Floats) -> str:
+    graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+    return name

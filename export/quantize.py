@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -40,9 +41,14 @@ from export.rounding import round_weights
 from export.sensitivity import front, least_float, walk
 from export.smooth import even_out
 
-ROUNDING_WINDOWS = 48
-DEBIAS_WINDOWS = 24  # each level's turn runs all of them
+ROUNDING_WINDOWS = 128
+DEBIAS_WINDOWS = 48  # each level's turn runs all of them
 WALK_WINDOWS = 24  # each layer's turn runs all of them
+
+SOFTENED, SOFTEST_DB = 4, -36.0
+"""One window of so many is calibrated with at a level of its own, down to this gain: else ranges
+would end where the levels of the corpora do. For `default`, on speakers that its head had not
+heard, divergence at -30 dB was 6.4e-4 nats with it and 7.2e-4 without."""
 
 
 class WindowReader(CalibrationDataReader):  # type: ignore[misc]
@@ -68,7 +74,7 @@ def quantize(
         settings: The recipe's; what they say of the cost is not looked at.
 
     Returns:
-        Full precision, evened out and centred, which changes nothing; the signed Q/DQ graph, its
+        Full precision, centred and evened out, which changes nothing; the signed Q/DQ graph, its
         nodes and tensors called alike; and the names of the quantized layers.
     """
     settings = settings or Quantize()
@@ -77,11 +83,12 @@ def quantize(
     layers = [n.name for n in exact.graph.node if n.op_type in QUANTIZED and n.name not in kept]
     # Stale shapes of the exporter contradict those that the quantizer infers.
     del exact.graph.value_info[:]
-    if settings.smoothing:
-        even_out(exact, layers, windows, settings.smoothing)
-        drop_unused(exact.graph)  # ONNX Runtime would warn of each constant that was replaced
+    windows = softened(windows)
     if settings.centring:
         centre(exact, layers, windows)
+        drop_unused(exact.graph)  # ONNX Runtime would warn of each constant that was replaced
+    if settings.smoothing:
+        even_out(exact, layers, windows, settings.smoothing)
         drop_unused(exact.graph)
     int8 = calibrate(exact, windows, list(kept))
     if settings.clipping:
@@ -91,6 +98,15 @@ def quantize(
     if settings.bias_correction:
         correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers)
     return exact, int8, layers
+
+
+def softened(windows: Sequence[Floats]) -> list[Floats]:
+    """Return windows, one of `SOFTENED` softer by a gain between `SOFTEST_DB` and 0 dB."""
+    gains_db = np.random.default_rng(0).uniform(SOFTEST_DB, 0, len(windows))
+    return [
+        window * np.float32(10 ** (gain_db / 20)) if number % SOFTENED == 0 else window
+        for number, (window, gain_db) in enumerate(zip(windows, gains_db, strict=True))
+    ]
 
 
 def calibrate(

@@ -123,7 +123,7 @@ class Quantize:
     Attributes:
         smoothing: How much of loud channels goes to the weights, 0 to 1 (see `export.smooth`); 0
             leaves all as it is.
-        centring: Whether lopsided ranges are shifted (see `export.centre`).
+        centring: Whether channels are shifted to the middle of their range (see `export.centre`).
         clipping: Whether ranges leave out the rarest values (see `export.clip`).
         gptq: Whether weights are rounded by what they are multiplied by (see `export.rounding`).
         bias_correction: Whether biases make up for shifted means (see `export.debias`).
@@ -132,7 +132,7 @@ class Quantize:
         most_float: How many layers may stay float to hold both.
     """
 
-    smoothing: float = 0.75
+    smoothing: float = 0.85
     centring: bool = True
     clipping: bool = False
     gptq: bool = True

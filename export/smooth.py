@@ -61,6 +61,8 @@ def _even_tensor(
     weights = [
         exchange_channels(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
     ]  # (in, ...)
+    # A channel that calibration speech hardly excites may be loud in other speech.
+    loudest = np.maximum(loudest, np.median(loudest))
     heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
     factor = np.maximum(loudest, 1e-5) ** strength / np.maximum(heaviest, 1e-5) ** (1 - strength)
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)

@@ -28,6 +28,7 @@ from benchmarks.quantizers import QUANTIZERS, run_quantizer
 from benchmarks.turns import in_child, noise
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import AudioError
+from export.centre import centre
 from export.errors import RecipeError
 from export.probe import tensor_values
 from export.smooth import even_out
@@ -220,11 +221,12 @@ def test_hidden_states_are_those_of_transformers(measured, checkpoint):
     np.testing.assert_allclose(states, expected, atol=1e-4)
 
 
-def test_what_smoothing_divided_is_multiplied_back(measured, tmp_path):
+def test_what_centring_and_smoothing_moved_is_moved_back(measured, tmp_path):
     _, home = measured
     fp32, smooth = home / "out" / "fp32" / "model.onnx", tmp_path / "smooth.onnx"
     windows = subjects.synthetic_speech(2, 0.7, seed=3)
     model = onnx.load(fp32)
+    centre(model, ["projector"], windows)
     even_out(model, ["projector"], windows, 0.75)
     onnx.save(model, smooth)
     (projector,) = (node for node in model.graph.node if node.name == "projector")
@@ -232,7 +234,9 @@ def test_what_smoothing_divided_is_multiplied_back(measured, tmp_path):
     inside = tensor_values(model, [projector.input[0]], windows)
     for one, other, divided in zip(exact, found, inside, strict=True):
         np.testing.assert_allclose(other[1], one[1], atol=1e-4)
-        assert np.abs(divided[projector.input[0]][0] - one[1]).max() > 0.1
+        moved = one[1] - divided[projector.input[0]][0]
+        assert np.abs(moved).max() > 0.1
+        assert np.abs(moved.mean(axis=0)).max() > 0.01
         np.testing.assert_allclose(other[0], one[0], atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from export.half import HALVES, make_halves
 from export.heads import CnnHead
 from export.model import Classifier
 from export.qdq import QUANTIZED, WEIGHTS, float_nodes, save_with_shared_weights
-from export.quantize import make_int8
+from export.quantize import make_int8, softened
 from export.recipe import Quantize
 from tests.speech_corpus import make_whisper, voice
 
@@ -242,3 +242,15 @@ def test_tensors_of_one_name_must_be_equal(tmp_path):
         )
     with pytest.raises(ValueError, match="two graphs hold different values of w"):
         save_with_shared_weights(models)
+
+
+def test_one_window_of_four_is_softer_by_up_to_36_db():
+    windows = [np.full(3, 0.5, np.float32) for _ in range(40)]
+    found = softened(windows)
+    gains_db = [20 * np.log10(one[0] / 0.5) for one in found]
+    assert all(gain_db == 0 for place, gain_db in enumerate(gains_db) if place % 4)
+    soft = gains_db[::4]
+    assert len(set(soft)) == 10
+    assert -36 <= min(soft) < -24 < -12 < max(soft) < 0
+    assert all(one.dtype == np.float32 for one in found)
+    np.testing.assert_array_equal(found[0], softened(windows)[0])
