@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForAudioClassification, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
+from benchmarks import machine
 from benchmarks.prepare import CALIBRATION
 from export import metrics
 from export.checkpoint import locate
@@ -37,6 +37,8 @@ from export.recipe_file import read_recipe
 from export.speech import RATE_HZ, Speech
 from export.stage import run_stage
 from export.train import CHECKPOINT, fast_bfloat16, one_cycle, save_checkpoint
+
+PACKAGES = ("numpy", "torch", "transformers")
 
 BATCH, WINDOW_S = 16, 2.0
 RATE, BETAS, LONGEST_STEP = 3e-4, (0.9, 0.98), 1.0
@@ -147,10 +149,10 @@ def match(
     if family != "whisper":
         raise RecipeError(f"{path}: its encoder is {family!r}; only 'whisper' can be the teacher")
     settings = {"cpu_minutes": cpu_minutes, "size": size or {}, "seed": seed}
-    reads = {**settings, "encoder": speech.recipe.encoder, "speech": speech.key,
-             "split": asdict(speech.recipe.data)}  # fmt: skip
+    heard = {"speech": speech.key, "split": speech.recipe.data}
+    reads = {**settings, **heard, "encoder": speech.recipe.encoder}
     run_stage(out / MATCHED, reads, partial(_teach, speech, weights, settings))
-    run_stage(out / "speech", {"speech": speech.key}, partial(_write_speech, speech))
+    run_stage(out / "speech", heard, partial(_write_speech, speech))
     return dict(json.loads((out / MATCHED / "matching.json").read_text()))
 
 
@@ -175,9 +177,17 @@ def _teach(speech: Speech, weights: Path | None, settings: dict[str, Any], folde
     (folder / CHECKPOINT).unlink(missing_ok=True)
     matching.student.save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
-    said = {"command": f"python -m benchmarks match {speech.recipe.name}.toml", **settings,
-            "steps": steps, "windows": steps * BATCH, "layers": matching.layers,
-            "taught": matching.taught, "before": before, "after": after}  # fmt: skip
+    said = {
+        "command": f"python -m benchmarks match {speech.recipe.name}.toml",
+        **machine.provenance(PACKAGES),
+        **settings,
+        "steps": steps,
+        "windows": steps * BATCH,
+        "layers": matching.layers,
+        "taught": matching.taught,
+        "before": before,
+        "after": after,
+    }
     (folder / "matching.json").write_text(json.dumps(said, indent=1) + "\n")
 
 
