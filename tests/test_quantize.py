@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export.encoders.mel import MelEncoder
 from export.encoders.whisper import WhisperStem, load_whisper
@@ -15,7 +15,7 @@ from export.half import HALVES, make_halves
 from export.heads import CnnHead
 from export.model import Classifier
 from export.qdq import QUANTIZED, WEIGHTS, float_nodes, save_with_shared_weights
-from export.quantize import make_int8, softened
+from export.quantize import make_int8, quantize, softened
 from export.recipe import Quantize
 from tests.speech_corpus import make_whisper, voice
 
@@ -254,3 +254,32 @@ def test_one_window_of_four_is_softer_by_up_to_36_db():
     assert -36 <= min(soft) < -24 < -12 < max(soft) < 0
     assert all(one.dtype == np.float32 for one in found)
     np.testing.assert_array_equal(found[0], softened(windows)[0])
+
+
+def test_ranges_reach_as_far_as_softened_speech():
+    def constant(name, array):
+        return numpy_helper.from_array(np.array(array, np.float32), name)
+
+    nodes = [
+        helper.make_node("Reshape", ["samples", "shape"], ["frames"]),
+        helper.make_node("Abs", ["frames"], ["loud"]),
+        helper.make_node("Add", ["loud", "least"], ["above"]),
+        helper.make_node("Reciprocal", ["above"], ["read"]),  # the softer, the larger
+        helper.make_node("MatMul", ["read", "weight"], ["product"], "first"),
+        helper.make_node("Gelu", ["product"], ["inner"]),
+        helper.make_node("MatMul", ["inner", "weight"], ["logits"], "last"),
+    ]
+    shape = numpy_helper.from_array(np.array([0, -1, 4]), "shape")
+    constants = [shape, constant("least", 0.01), constant("weight", np.eye(4))]
+    taken = helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["N", "T"])
+    given = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "F", 4])
+    graph = helper.make_graph(nodes, "small", [taken], [given], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    heard = [np.full(16, 0.5, np.float32)] * 8
+    _, int8, layers = quantize(model, heard, Quantize(smoothing=0, centring=False, gptq=False))
+    assert layers == ["first"]
+    (node,) = (node for node in int8.graph.node if node.op_type == "QuantizeLinear")
+    (scale,) = (t for t in int8.graph.initializer if t.name == node.input[1])
+    furthest = max(1 / (window[0] + 0.01) for window in softened(heard))
+    assert furthest > 4 / 0.51
+    assert 127 * numpy_helper.to_array(scale) == pytest.approx(furthest, rel=0.01)
