@@ -24,7 +24,6 @@ from benchmarks.turns import (
     first_moments,
     import_torch,
     in_child,
-    noise,
     ratio,
     take_turns,
     torch_turn,
@@ -33,7 +32,7 @@ from edge_ser.bundle import FP32_GRAPH, Bundle, sha256
 from edge_ser.errors import EdgeSerError
 from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
-from edge_ser.timing import WARM_UP, summary
+from edge_ser.timing import WARM_UP, noise, summary
 
 COLD_RUNS = 15
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")

@@ -29,7 +29,6 @@ from benchmarks.turns import (
     first_moments,
     import_torch,
     in_child,
-    noise,
     take_turns,
     torch_turn,
 )
@@ -37,7 +36,7 @@ from edge_ser.bundle import sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import EdgeSerError
 from edge_ser.external_data import external_files
-from edge_ser.timing import WARM_UP
+from edge_ser.timing import WARM_UP, noise
 
 Samples = NDArray[np.float32]
 

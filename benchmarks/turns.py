@@ -18,12 +18,10 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from edge_ser.errors import EdgeSerError
-from edge_ser.timing import WARM_UP, peak_memory_mb, summary
+from edge_ser.timing import WARM_UP, noise, peak_memory_mb, summary
 
 Turn = Callable[[], object]
 Row = dict[str, Any]
@@ -159,11 +157,6 @@ def choose_attention(model: Any, run: Turn) -> str:
     )
     model.set_attn_implementation(best)
     return f"{best} attention, {best_ms:.0f} ms against {other_ms:.0f} ms {other}"
-
-
-def noise(seconds: float, rate_hz: int) -> NDArray[np.float32]:
-    """Return noise of shape (T,)."""
-    return np.random.default_rng(0).normal(0, 0.1, round(seconds * rate_hz)).astype(np.float32)
 
 
 def warm_ms(run: Turn) -> float:

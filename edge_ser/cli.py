@@ -6,6 +6,7 @@ Exit status: 0 done, 1 something failed and a line says what, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
 
 if TYPE_CHECKING:
+    from edge_ser.power import Energy
     from edge_ser.speaker import Speaker
 
 _NOT_CERTIFIED = "INT8 answers too often otherwise than full precision; see certificate.json"
@@ -167,8 +169,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from edge_ser import timing
+    from edge_ser import power, timing
 
+    if args.energy:
+        power.open_meter(args.device).close()  # what cannot be measured is refused at once
     began = time.perf_counter()
     recognizer = _load(args)
     load_ms = (time.perf_counter() - began) * 1e3
@@ -186,6 +190,8 @@ def _bench(args: argparse.Namespace) -> int:
         "peak_memory_mb": timing.peak_memory_mb(),
         **{name: timing.summary(samples) for name, samples in times_ms.items()},
     }
+    if args.energy:
+        result["energy"] = dataclasses.asdict(_energy(recognizer, args.seconds))
     if args.json:
         print(json.dumps(result))
         return 0
@@ -197,7 +203,29 @@ def _bench(args: argparse.Namespace) -> int:
     for name in times_ms:
         values = (result[name][f"p{percent}_ms"] for percent in (50, 90, 99))
         print(f"{name:10}  " + "  ".join(f"{value:8.2f}" for value in values))
+    if args.energy:
+        energy = result["energy"]
+        print(
+            f"{energy['joules']:.4g} J a run above idling, standard error "
+            f"{energy['standard_error_j']:.2g}; {energy['work_w']:.3g} W at work, "
+            f"{energy['idle_w']:.3g} W idle ({energy['meter']})"
+        )
     return 0
+
+
+def _energy(recognizer: Recognizer, seconds: float) -> Energy:
+    """Measure the energy of one prediction."""
+    from edge_ser import power, timing
+
+    rate = recognizer.metadata.sample_rate_hz
+    noise = timing.noise(seconds, rate)
+    meter = power.open_meter(recognizer.engine.device)
+    duration_s = (2 * power.BLOCKS + 1) * power.BLOCK_S
+    print(f"edge-ser: energy, {duration_s:.0f} s: leave the machine alone", file=sys.stderr)
+    try:
+        return power.measure(meter, lambda: recognizer.predict(noise, rate))
+    finally:
+        meter.close()
 
 
 def _load(args: argparse.Namespace) -> Recognizer:
@@ -276,4 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "Measure latency and memory here.", engine)
     bench.add_argument("--seconds", type=_at_least(float, 0.4), default=3.0, help="of audio (3)")
     bench.add_argument("--runs", type=_at_least(int, 1), default=200, help="measured runs (200)")
+    bench.add_argument(
+        "--energy",
+        action="store_true",
+        help="joules of a run as well: by tegrastats, NVML or RAPL, above idling",
+    )
     return parser

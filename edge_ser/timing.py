@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_ser.audio import Samples
 from edge_ser.recognizer import Recognizer, windows
 
 CONFIDENCE = 0.99
@@ -30,13 +31,13 @@ def measure(recognizer: Recognizer, seconds: float, runs: int) -> dict[str, list
         Latencies in ms, one for each run: ``end_to_end`` and ``engine``.
     """
     metadata, rate = recognizer.metadata, recognizer.metadata.sample_rate_hz
-    noise = np.random.default_rng(0).normal(0, 0.1, round(seconds * rate)).astype(np.float32)
+    samples = noise(seconds, rate)
     window, hop = round(metadata.window_s * rate), round(metadata.hop_s * rate)
-    batches = [samples[np.newaxis] for _, samples in windows([noise], window, hop)]
+    batches = [part[np.newaxis] for _, part in windows([samples], window, hop)]
     times_ms: dict[str, list[float]] = {"end_to_end": [], "engine": []}
     for _ in range(WARM_UP + runs):
         start = time.perf_counter()
-        recognizer.predict(noise, rate)
+        recognizer.predict(samples, rate)
         middle = time.perf_counter()
         for batch in batches:
             recognizer.engine.run(batch)
@@ -44,6 +45,11 @@ def measure(recognizer: Recognizer, seconds: float, runs: int) -> dict[str, list
         times_ms["end_to_end"].append((middle - start) * 1e3)
         times_ms["engine"].append((end - middle) * 1e3)
     return {name: values[WARM_UP:] for name, values in times_ms.items()}
+
+
+def noise(seconds: float, rate_hz: int) -> Samples:
+    """Return white noise, the same at every call: float32 (T,), standard deviation 0.1."""
+    return np.random.default_rng(0).normal(0, 0.1, round(seconds * rate_hz)).astype(np.float32)
 
 
 def percentile(samples_ms: Sequence[float], percent: float) -> float:

@@ -25,9 +25,10 @@ from benchmarks.machine import ROOT
 from benchmarks.peers import CALIBRATION_S, Prepared, load_network, systems_of
 from benchmarks.prepare import CALIBRATION, calibration_windows, prepare
 from benchmarks.quantizers import QUANTIZERS, run_quantizer
-from benchmarks.turns import in_child, noise
+from benchmarks.turns import in_child
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import AudioError
+from edge_ser.timing import noise
 from export.centre import centre
 from export.errors import RecipeError
 from export.probe import tensor_values
