@@ -24,6 +24,12 @@ MODELS = Path(__file__).parent / "models"  # the bundles inside the wheel
 INT8_GRAPH = "model_int8.onnx"  # signed activations: ARM, TensorRT
 X86_GRAPH = "model_int8_x86.onnx"  # the same model with unsigned activations
 FP32_GRAPH = "model.onnx"
+# For a GPU the float parts of INT8 are in half, where the bundle holds that graph.
+GPU_GRAPHS = {
+    "int8": ("model_int8_fp16.onnx", INT8_GRAPH),
+    "fp16": ("model_fp16.onnx",),
+    "fp32": (FP32_GRAPH,),
+}
 ADAPTATION = "adaptation.json"  # optional: how to adapt to a speaker
 
 _COPY = "get a complete copy"
@@ -106,13 +112,36 @@ class Bundle:
         x86 = (machine or platform.machine()) in ("x86_64", "AMD64")
         name = FP32_GRAPH if precision == "fp32" else X86_GRAPH if x86 else INT8_GRAPH
         graph = self.file(name, _EXPORT if precision == "fp32" else _COPY)
-        for location in external_files(graph):
+        self._weights(graph)
+        return graph
+
+    def gpu_graph(self, precision: str = "int8") -> tuple[Path, list[str]]:
+        """Return the graph for TensorRT, and the SHA-256 of it and of the weights that it reads.
+
+        Args:
+            precision: ``"int8"``, ``"fp16"`` or ``"fp32"``.
+
+        Raises:
+            BundleError: As of `graph`.
+        """
+        if precision not in GPU_GRAPHS:
+            raise BundleError(f"precision is {precision!r}; allowed: {', '.join(GPU_GRAPHS)}")
+        *better, name = GPU_GRAPHS[precision]
+        name = next((one for one in better if (self.path / one).exists()), name)
+        graph = self.file(name, _COPY if precision == "int8" else _EXPORT)
+        files = [name, *self._weights(graph)]
+        return graph, [self.metadata.files[file].sha256 for file in files]
+
+    def _weights(self, graph: Path) -> list[str]:
+        """Return the files beside a graph that hold its weights; refuse unlisted ones."""
+        locations = sorted(external_files(graph))
+        for location in locations:
             if location not in self.metadata.files:
                 raise BundleError(
                     f"{str(graph)!r} reads weights from {location!r}; "
                     "allowed: files that metadata.json lists"
                 )
-        return graph
+        return locations
 
 
 def sha256(file: Path) -> str:
