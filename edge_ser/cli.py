@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_ser import __version__
-from edge_ser.bundle import FP32_GRAPH, Bundle
+from edge_ser.bundle import GPU_GRAPHS, Bundle
 from edge_ser.errors import EdgeSerError
 from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
@@ -34,6 +34,7 @@ _EXAMPLES = """examples:
   edge-ser predict a.wav --bundle tiny   the small model; or the folder of your own
   edge-ser predict 1.wav 2.wav --speaker anna.json   one speaker, learned from file to file
   edge-ser verify                        is the model complete, and right on this processor?
+  edge-ser build --batch 1,8 --window 1,3     TensorRT engines, before a robot needs them
   edge-ser bench --threads 1             how fast is it here?
 """
 
@@ -133,46 +134,61 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from edge_ser.engines import open_engine
-    from edge_ser.selftest import TOLERANCE, deviation
+    from edge_ser.verification import verify
 
-    checks: list[dict[str, Any]] = []
-
-    def report(check: str, ok: bool, detail: str) -> None:
-        checks.append({"check": check, "ok": ok, "detail": detail})
+    passed, checks = True, []
+    for check in verify(args.bundle, args.engine, args.manifest):
+        passed &= check.ok
+        checks.append({"check": check.check, "ok": check.ok, "detail": check.detail})
         if not args.json:
-            print(f"{'ok' if ok else 'FAILED':6}  {check:14}  {detail}")
-
-    check = "hashes"
-    try:
-        bundle = Bundle.open(args.bundle)
-        present = [name for name in bundle.metadata.files if (bundle.path / name).exists()]
-        report(check, True, f"{len(present)} files of {str(bundle.path)!r}")
-        for precision in ["int8"] + ["fp32"] * (FP32_GRAPH in present):
-            check = f"labels {precision}"
-            engine = open_engine(bundle, precision=precision)
-            report(check, True, ", ".join(bundle.metadata.labels))
-            check = f"self-test {precision}"
-            off = deviation(bundle, engine)
-            detail = (
-                f"{engine.graph} is off by {off:.2g} of the largest logit (allowed: {TOLERANCE:g})"
-            )
-            report(check, off <= TOLERANCE, detail)
-    except EdgeSerError as exc:  # the checks that follow would rest on this one
-        if args.debug:
-            traceback.print_exc()
-        report(check, False, str(exc))
-    passed = all(check["ok"] for check in checks)
+            print(f"{'ok' if check.ok else 'FAILED':6}  {check.check:14}  {check.detail}")
+        if check.error and args.debug:
+            traceback.print_exception(check.error)
     if args.json:
         print(json.dumps({"bundle": str(args.bundle), "ok": passed, "checks": checks}))
     return 0 if passed else 1
+
+
+def _build(args: argparse.Namespace) -> int:
+    from edge_ser.engines.tensorrt import open_tensorrt
+
+    bundle = Bundle.open(args.bundle)
+    for window_s in args.window or [bundle.metadata.window_s]:
+        for batch in args.batch:
+            began = time.perf_counter()
+            engine = open_tensorrt(
+                bundle, precision=args.precision, batch=batch, window_s=window_s,
+                progress=_show_progress,
+            )  # fmt: skip
+            built: dict[str, Any] = {
+                "graph": engine.graph, "device": engine.device, "precision": args.precision,
+                "batch": batch, "window_s": window_s, "plan_mb": engine.plan_mb,
+                "seconds": round(time.perf_counter() - began, 1), "file": str(engine.file),
+            }  # fmt: skip
+            engine.close()
+            if args.json:
+                print(json.dumps(built), flush=True)
+            else:
+                print(
+                    f"{engine.graph}, {batch} x {window_s:g} s, {built['plan_mb']:.1f} MB, ready "
+                    f"after {built['seconds']:g} s on {engine.device}\n  {built['file']}",
+                    flush=True,
+                )
+    return 0
+
+
+def _show_progress(phase: str, done: int, steps: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == steps else ""
+        print(f"\r{phase}: {done} of {steps}\033[K", end=end, file=sys.stderr, flush=True)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from edge_ser import power, timing
 
     if args.energy:
-        power.open_meter(args.device).close()  # what cannot be measured is refused at once
+        meter = power.open_meter(_powered(args))  # what cannot be measured is refused at once
+        meter.close()
     began = time.perf_counter()
     recognizer = _load(args)
     load_ms = (time.perf_counter() - began) * 1e3
@@ -191,7 +207,8 @@ def _bench(args: argparse.Namespace) -> int:
         **{name: timing.summary(samples) for name, samples in times_ms.items()},
     }
     if args.energy:
-        result["energy"] = dataclasses.asdict(_energy(recognizer, args.seconds))
+        energy = _energy(recognizer, args.seconds, _powered(args))
+        result["energy"] = dataclasses.asdict(energy)
     if args.json:
         print(json.dumps(result))
         return 0
@@ -204,22 +221,26 @@ def _bench(args: argparse.Namespace) -> int:
         values = (result[name][f"p{percent}_ms"] for percent in (50, 90, 99))
         print(f"{name:10}  " + "  ".join(f"{value:8.2f}" for value in values))
     if args.energy:
-        energy = result["energy"]
         print(
-            f"{energy['joules']:.4g} J a run above idling, standard error "
-            f"{energy['standard_error_j']:.2g}; {energy['work_w']:.3g} W at work, "
-            f"{energy['idle_w']:.3g} W idle ({energy['meter']})"
+            f"{energy.joules:.4g} J a run above idling, standard error "
+            f"{energy.standard_error_j:.2g}; {energy.work_w:.3g} W at work, "
+            f"{energy.idle_w:.3g} W idle ({energy.meter})"
         )
     return 0
 
 
-def _energy(recognizer: Recognizer, seconds: float) -> Energy:
+def _powered(args: argparse.Namespace) -> str:
+    """Return the device whose energy counts."""
+    return "cuda" if args.engine == "tensorrt" else args.device
+
+
+def _energy(recognizer: Recognizer, seconds: float, device: str) -> Energy:
     """Measure the energy of one prediction."""
     from edge_ser import power, timing
 
     rate = recognizer.metadata.sample_rate_hz
     noise = timing.noise(seconds, rate)
-    meter = power.open_meter(recognizer.engine.device)
+    meter = power.open_meter(device)
     duration_s = (2 * power.BLOCKS + 1) * power.BLOCK_S
     print(f"edge-ser: energy, {duration_s:.0f} s: leave the machine alone", file=sys.stderr)
     try:
@@ -230,8 +251,9 @@ def _energy(recognizer: Recognizer, seconds: float) -> Energy:
 
 def _load(args: argparse.Namespace) -> Recognizer:
     recognizer = Recognizer.load(
-        args.bundle, precision=args.precision, threads=args.threads, device=args.device
-    )
+        args.bundle, engine=args.engine, precision=args.precision, threads=args.threads,
+        device=args.device, fallback=args.fallback,
+    )  # fmt: skip
     if not recognizer.metadata.certified:
         _complain(f"{recognizer.metadata.name} is not certified: {_NOT_CERTIFIED}", False)
     return recognizer
@@ -257,6 +279,11 @@ def _at_least(kind: type, least: float) -> Any:
     return parse
 
 
+def _list_of(kind: type, least: float) -> Any:
+    parse = _at_least(kind, least)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -273,10 +300,26 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--json", action="store_true", help="print JSON")
     every.add_argument("--debug", action="store_true", help="print tracebacks as well")
     engine = argparse.ArgumentParser(add_help=False)
-    engine.add_argument("--precision", choices=("int8", "fp32"), default="int8")
-    engine.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    which = argparse.ArgumentParser(add_help=False)
+    which.add_argument(
+        "--engine", choices=("onnx", "tensorrt"), default="onnx", help="what computes (onnx)"
+    )
+    engine.add_argument(
+        "--precision",
+        choices=tuple(GPU_GRAPHS),
+        default="int8",
+        help="int8 (default) or fp32; fp16 with TensorRT",
+    )
+    engine.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of ONNX Runtime (cpu)"
+    )
     engine.add_argument(
         "--threads", type=_at_least(int, 1), metavar="N", help="default: one a core"
+    )
+    engine.add_argument(
+        "--fallback",
+        choices=("onnx",),
+        help="go on with this one, on the processor, where TensorRT fails; it is said when it does",
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -288,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, usage=added.error)
         return added
 
-    predict = verb("predict", _predict, "Name the emotion of audio files.", engine)
+    predict = verb("predict", _predict, "Name the emotion of audio files.", which, engine)
     predict.add_argument("files", nargs="*", metavar="FILE", help="WAV, FLAC, Ogg, MP3, AIFF, AU")
     predict.add_argument(
         "--sample", action="store_true", help="the clips that come with the package"
@@ -300,8 +343,24 @@ def _parser() -> argparse.ArgumentParser:
         "only), and used again when FILE is there",
     )
     verb("info", _info, "Show what a bundle is.")
-    verb("verify", _verify, "Check a bundle: hashes, labels, self-test.")
-    bench = verb("bench", _bench, "Measure latency and memory here.", engine)
+    verify = verb("verify", _verify, "Check a bundle: hashes, labels, self-test.", which)
+    verify.add_argument(
+        "--manifest",
+        metavar="CSV",
+        help="ask for your own clips as well: columns path, and emotion if known; those of "
+        "TensorRT are compared with those of the processor",
+    )
+    build = verb("build", _build, "Build the TensorRT engines of a bundle ahead of their use.")
+    build.add_argument(
+        "--precision", choices=tuple(GPU_GRAPHS), default="int8", help="of the graph (int8)"
+    )
+    build.add_argument(
+        "--batch", type=_list_of(int, 1), default=[1], metavar="N,N", help="windows at once (1)"
+    )
+    build.add_argument(
+        "--window", type=_list_of(float, 0.4), metavar="S,S", help="seconds (the bundle's)"
+    )
+    bench = verb("bench", _bench, "Measure latency and memory here.", which, engine)
     bench.add_argument("--seconds", type=_at_least(float, 0.4), default=3.0, help="of audio (3)")
     bench.add_argument("--runs", type=_at_least(int, 1), default=200, help="measured runs (200)")
     bench.add_argument(

@@ -51,29 +51,36 @@ class Recognizer:
         cls,
         bundle: str | Path = "default",
         *,
+        engine: str = "onnx",
         precision: str = "int8",
         threads: int | None = None,
         device: str = "cpu",
+        fallback: str | None = None,
     ) -> Recognizer:
         """Open a bundle and the graph in it that suits this machine.
 
         Args:
             bundle: The name of an embedded bundle (``"default"``, ``"tiny"``), or a folder.
-            precision: ``"int8"`` or ``"fp32"``.
+            engine: ``"onnx"``, or ``"tensorrt"`` on a GPU of NVIDIA.
+            precision: ``"int8"`` or ``"fp32"``; of TensorRT also ``"fp16"``.
             threads: How many threads compute, 1 or more; None means one for each core.
-            device: ``"cpu"``, or ``"cuda"`` (fp32 only).
+            device: Of ONNX Runtime: ``"cpu"``, or ``"cuda"`` (fp32 only).
+            fallback: ``"onnx"``: where TensorRT fails, the processor goes on, and the log says so.
 
         Raises:
             BundleError: The bundle is missing, damaged, or contradicts itself.
             DeviceError: The device is not there, or does not run this precision.
-            EngineError: This processor does not compute the graph rightly.
-            MissingDependency: ONNX Runtime is not installed.
+            EngineError: The engine fails to start, or this machine does not compute rightly.
+            MissingDependency: ONNX Runtime or TensorRT is not installed.
         """
         from edge_ser.engines import open_engine
 
         opened = Bundle.open(bundle)
-        engine = open_engine(opened, precision=precision, threads=threads, device=device)
-        return cls(opened.metadata, engine, opened)
+        chosen = open_engine(
+            opened, engine=engine, precision=precision, threads=threads, device=device,
+            fallback=fallback,
+        )  # fmt: skip
+        return cls(opened.metadata, chosen, opened)
 
     def predict(self, audio: Audio, sample_rate_hz: int | None = None) -> Prediction:
         """Return the emotion of a clip.

@@ -154,21 +154,22 @@ class FakeRuntime:
 
     def cudaEventRecord(self, event, stream):
         assert stream.captured is None
-        self.live[event] = done = []
+        done = []
+        self.live[event] = done, stream
         stream.add(lambda: done.append(True), set())
         return (OK,)
 
     def cudaEventQuery(self, event):
         """Let one piece of queued work happen."""
-        if self.live[event]:
+        done, stream = self.live[event]
+        if done:
             return (OK,)
-        (stream,) = self.streams.values()
         stream.queue.pop(0)[0]()
         return (self.cudaError_t.cudaErrorNotReady,)
 
     def cudaEventSynchronize(self, event):
-        (stream,) = self.streams.values()
-        while not self.live[event]:
+        done, stream = self.live[event]
+        while not done:
             stream.queue.pop(0)[0]()
         return (OK,)
 

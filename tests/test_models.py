@@ -10,7 +10,7 @@ import pytest
 
 from edge_ser import Recognizer
 from edge_ser.bundle import Bundle
-from edge_ser.engines import open_engine
+from edge_ser.engines import open_onnx
 from edge_ser.samples import sample_paths
 from edge_ser.selftest import TOLERANCE, deviation
 from export.half import HALVES
@@ -24,7 +24,7 @@ def test_an_embedded_bundle_is_whole_small_and_right_on_this_processor(name):
     files = [bundle.path / file for file in bundle.metadata.files]
     assert sum(file.stat().st_size for file in files if file.exists()) <= SIZES_MB[name] * 1e6
     assert not {"model.onnx", *HALVES.values()} & {file.name for file in bundle.path.iterdir()}
-    assert deviation(bundle, open_engine(bundle)) <= TOLERANCE
+    assert deviation(bundle, open_onnx(bundle)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SIZES_MB)

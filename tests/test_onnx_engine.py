@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_ser import BundleError, DeviceError, EngineError, MissingDependency
 from edge_ser.bundle import Bundle
-from edge_ser.engines import has_vnni, open_engine
+from edge_ser.engines import has_vnni, open_onnx
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.selftest import deviation
 from edge_ser.testing import FakeEngine, expected_logits, list_files, make_bundle
@@ -96,7 +96,7 @@ def test_cuda_without_its_provider_names_those_there_are(folder):
     if "CUDAExecutionProvider" in available:
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(DeviceError) as error:
-        open_engine(Bundle.open(folder), precision="fp32", device="cuda")
+        open_onnx(Bundle.open(folder), precision="fp32", device="cuda")
     assert str(error.value) == (
         "device 'cuda' needs CUDAExecutionProvider, this ONNX Runtime has "
         f'{", ".join(available)}; use cpu, or pip install "edge-ser[gpu]"'
@@ -105,7 +105,7 @@ def test_cuda_without_its_provider_names_those_there_are(folder):
 
 def test_int8_on_cuda_is_refused(folder):
     with pytest.raises(DeviceError) as error:
-        open_engine(Bundle.open(folder), device="cuda")
+        open_onnx(Bundle.open(folder), device="cuda")
     assert str(error.value) == (
         "precision 'int8' on device 'cuda': ONNX Runtime would send it back to the CPU; "
         "use fp32 on cuda, or int8 on cpu"
@@ -204,14 +204,14 @@ SHAPES = [
 def test_a_graph_with_other_inputs_or_outputs(folder, change, line):
     change_graph(folder, change)
     with pytest.raises(BundleError) as error:
-        open_engine(Bundle.open(folder), precision="fp32")
+        open_onnx(Bundle.open(folder), precision="fp32")
     assert str(error.value) == f"'{folder / 'model.onnx'}' has {line}"
 
 
 def test_a_graph_with_another_number_of_classes(folder):
     edit(folder, labels=["calm", "loud"])
     with pytest.raises(BundleError) as error:
-        open_engine(Bundle.open(folder), precision="fp32")
+        open_onnx(Bundle.open(folder), precision="fp32")
     assert str(error.value) == f"'{folder / 'model.onnx'}' has 3 logits for 2 labels"
 
 
@@ -236,14 +236,14 @@ PROPERTIES = [
 def test_a_graph_that_contradicts_the_metadata(folder, key, value, line):
     change_graph(folder, lambda model: set_property(model, key, value))
     with pytest.raises(BundleError) as error:
-        open_engine(Bundle.open(folder), precision="fp32")
+        open_onnx(Bundle.open(folder), precision="fp32")
     assert str(error.value) == f"'{folder / 'model.onnx'}' {line}"
 
 
 def test_a_graph_without_properties(folder):
     change_graph(folder, lambda model: model.ClearField("metadata_props"))
     with pytest.raises(BundleError) as error:
-        open_engine(Bundle.open(folder), precision="fp32")
+        open_onnx(Bundle.open(folder), precision="fp32")
     assert str(error.value) == (
         f"'{folder / 'model.onnx'}' says labels is None, metadata.json ['calm', 'lively', 'loud']"
     )
@@ -265,20 +265,20 @@ def shift_logits(model):
 @pytest.mark.usefixtures("x86")
 @pytest.mark.parametrize("vnni", [True, False])
 def test_a_processor_that_passes_the_self_test_runs_the_x86_graph(folder, vnni):
-    engine = open_engine(Bundle.open(folder), vnni=vnni)
+    engine = open_onnx(Bundle.open(folder), vnni=vnni)
     assert engine.graph == "model_int8_x86.onnx"
 
 
 @pytest.mark.usefixtures("x86")
 def test_with_vnni_the_self_test_is_not_asked(folder):
     change_graph(folder, shift_logits, "model_int8_x86.onnx")
-    assert open_engine(Bundle.open(folder), vnni=True).graph == "model_int8_x86.onnx"
+    assert open_onnx(Bundle.open(folder), vnni=True).graph == "model_int8_x86.onnx"
 
 
 @pytest.mark.usefixtures("x86")
 def test_without_vnni_a_failed_self_test_means_float_and_is_said(folder, caplog):
     change_graph(folder, shift_logits, "model_int8_x86.onnx")
-    engine = open_engine(Bundle.open(folder), threads=1, vnni=False)
+    engine = open_onnx(Bundle.open(folder), threads=1, vnni=False)
     assert engine.graph == "model_int8.onnx (float)"
     assert caplog.record_tuples == [
         (
@@ -299,7 +299,7 @@ def test_without_vnni_a_self_test_that_fails_in_float_too_is_an_error(folder):
     change_graph(folder, shift_logits, "model_int8_x86.onnx")
     change_graph(folder, shift_logits, "model_int8.onnx")
     with pytest.raises(EngineError) as error:
-        open_engine(Bundle.open(folder), vnni=False)
+        open_onnx(Bundle.open(folder), vnni=False)
     line = f"bundle '{folder}' fails its self-test on this processor; use fp32"
     assert str(error.value) == line
 

@@ -6,11 +6,61 @@ import json
 from pathlib import Path
 
 from edge_ser.bundle import INT8_GRAPH, X86_GRAPH, Bundle
+from edge_ser.engines.base import Engine
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import BundleError, DeviceError, EngineError
 
+ENGINES = ("onnx", "tensorrt")
+
 
 def open_engine(
+    bundle: Bundle,
+    *,
+    engine: str = "onnx",
+    precision: str = "int8",
+    threads: int | None = None,
+    device: str = "cpu",
+    fallback: str | None = None,
+) -> Engine:
+    """Open the engine of a bundle.
+
+    Args:
+        bundle: The bundle.
+        engine: ``"onnx"``: ONNX Runtime; ``"tensorrt"``: TensorRT, which builds first what it has
+            not built here before.
+        precision: ``"int8"`` or ``"fp32"``; of TensorRT also ``"fp16"``.
+        threads: See `OnnxEngine`.
+        device: See `OnnxEngine`; ``"cuda"`` runs fp32 only.
+        fallback: ``"onnx"``: where TensorRT fails, at the start or later, ONNX Runtime goes on
+            with INT8 on the processor, and the log says so; None: it is an error.
+
+    Raises:
+        BundleError: The graph is missing, damaged, or contradicts the metadata.
+        DeviceError: The device is not there, or does not run this precision.
+        EngineError: The engine is not known, fails to start, or computes wrongly on this machine.
+        MissingDependency: ONNX Runtime, TensorRT or cuda-python is not installed.
+    """
+    if engine not in ENGINES or fallback not in (None, "onnx"):
+        raise EngineError(
+            f"engine is {engine!r}, fallback {fallback!r}; allowed: {' or '.join(ENGINES)}, and "
+            "'onnx' or None"
+        )
+    if engine == "onnx":
+        return open_onnx(bundle, precision=precision, threads=threads, device=device)
+
+    def on_gpu() -> Engine:
+        from edge_ser.engines.tensorrt import open_tensorrt
+
+        return open_tensorrt(bundle, precision=precision)
+
+    if fallback is None:
+        return on_gpu()
+    from edge_ser.engines.fallback import FallbackEngine
+
+    return FallbackEngine(on_gpu, lambda: open_onnx(bundle, threads=threads))
+
+
+def open_onnx(
     bundle: Bundle,
     *,
     precision: str = "int8",

@@ -9,15 +9,17 @@ from numpy.typing import NDArray
 
 
 class Engine(Protocol):
-    """Runs one graph on one device.
+    """Runs one graph on one device."""
 
-    Attributes:
-        device: What computes, e.g. ``"cpu"``.
-        graph: What is computed, e.g. ``"model_int8_x86.onnx"``.
-    """
+    @property
+    def device(self) -> str:
+        """What computes, e.g. ``"cpu"``."""
+        ...
 
-    device: str
-    graph: str
+    @property
+    def graph(self) -> str:
+        """What is computed, e.g. ``"model_int8_x86.onnx"``."""
+        ...
 
     def run(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of windows.

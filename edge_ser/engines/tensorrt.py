@@ -18,7 +18,7 @@ from edge_ser.bundle import Bundle
 from edge_ser.engines.build import Progress, build_plan, make_log, tensorrt_module
 from edge_ser.engines.cuda import Cuda
 from edge_ser.engines.plans import Key, building, cache_folder, digest, read, write
-from edge_ser.errors import EngineError
+from edge_ser.errors import BundleError, EngineError
 
 WARM_UP = 2  # runs before the one that is captured: the first ones allocate
 
@@ -34,7 +34,11 @@ class TensorrtEngine:
         classes: C.
         batch: Windows at once.
         window: Samples of a window.
+        plan_mb: Size of the plan in MB of 10^6 bytes.
+        file: Where the plan is kept; None where it is not.
     """
+
+    file: Path | None = None
 
     def __init__(self, plan: bytes, graph: str, *, trt: Any, cuda: Cuda, log: Any) -> None:
         """Load a plan that was built here.
@@ -50,7 +54,7 @@ class TensorrtEngine:
             EngineError: TensorRT refuses the plan, or there is no memory for it.
         """
         self.device = f"{cuda.name}, {trt.__name__} {trt.__version__}"
-        self.graph = graph
+        self.graph, self.plan_mb = graph, len(plan) / 1e6
         self._cuda, self._log = cuda, log
         self._runtime = trt.Runtime(log)
         self._engine = self._there(self._runtime.deserialize_cuda_engine(plan), "load the plan")
@@ -179,21 +183,27 @@ def open_tensorrt(
         compute_capability=cuda.compute_capability,
     )
     try:
-        plan = _plan(trt, graph, key, log, progress)
-        return TensorrtEngine(plan, graph.name, trt=trt, cuda=cuda, log=log)
+        file = cache_folder() / key.file
+        plan = _plan(trt, graph, key, file, log, progress)
+        engine = TensorrtEngine(plan, graph.name, trt=trt, cuda=cuda, log=log)
     except BaseException:
         cuda.close()
         raise
+    if engine.classes != (labels := len(bundle.metadata.labels)):
+        engine.close()
+        raise BundleError(f"{str(graph)!r} has {engine.classes} logits for {labels} labels")
+    engine.file = file if file.exists() else None
+    return engine
 
 
-def _plan(trt: Any, graph: Path, key: Key, log: Any, progress: Progress | None) -> bytes:
+def _plan(
+    trt: Any, graph: Path, key: Key, file: Path, log: Any, progress: Progress | None
+) -> bytes:
     """Return the plan of a key, from the cache or built now."""
-    folder = cache_folder()
-    file = folder / key.file
     with building(file):
         if (kept := read(file, key)) is not None:
             return kept
-        timings = folder / f"timing-{key.compute_capability}.cache"
+        timings = file.with_name(f"timing-{key.compute_capability}.cache")
         timing_key = Key("", "", 0, 0, key.tensorrt, key.gpu, key.compute_capability)
         known = read(timings, timing_key) or b""
         plan, known = build_plan(
