@@ -150,6 +150,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from edge_ser.engines.layers import summary
     from edge_ser.engines.tensorrt import open_tensorrt
 
     bundle = Bundle.open(args.bundle)
@@ -165,13 +166,16 @@ def _build(args: argparse.Namespace) -> int:
                 "batch": batch, "window_s": window_s, "plan_mb": engine.plan_mb,
                 "seconds": round(time.perf_counter() - began, 1), "file": str(engine.file),
             }  # fmt: skip
+            layers = engine.layers()
             engine.close()
             if args.json:
-                print(json.dumps(built), flush=True)
+                rows = [dataclasses.asdict(layer) for layer in layers]
+                print(json.dumps({**built, "layers": rows}), flush=True)
             else:
                 print(
                     f"{engine.graph}, {batch} x {window_s:g} s, {built['plan_mb']:.1f} MB, ready "
-                    f"after {built['seconds']:g} s on {engine.device}\n  {built['file']}",
+                    f"after {built['seconds']:g} s on {engine.device}\n  {summary(layers)}\n"
+                    f"  {built['file']}",
                     flush=True,
                 )
     return 0

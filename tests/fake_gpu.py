@@ -19,6 +19,21 @@ from edge_ser.testing import expected_logits
 
 OK = real.cudaError_t.cudaSuccess
 
+# As the inspector of TensorRT 10 writes layers, with all details.
+LAYERS = [
+    {
+        "Name": "Reformatting CopyNode for Input Tensor 0 to conv1", "LayerType": "Reformat",
+        "Origin": "REFORMAT", "Inputs": [{"Format/Datatype": "Row major linear FP32"}],
+    },
+    {
+        "Name": "conv1 + gelu", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8"},
+        "Inputs": [{"Format/Datatype": "Row major Int8 format"}],
+    },
+    {"Name": "norm", "LayerType": "Myelin", "Inputs": [{"Datatype": "Half", "Format": "Linear"}]},
+    {"Name": "mel", "LayerType": "CaskConvolution", "Weights": {"Type": "Float"}, "Inputs": []},
+    {"Name": "softmax", "LayerType": "Myelin", "Inputs": []},
+]  # fmt: skip
+
 
 class Stream:
     def __init__(self, handle):
@@ -222,6 +237,8 @@ def fake_tensorrt(runtime, version="10.3.0", title="tensorrt"):
         def __del__(self):
             self.engine.contexts -= 1
 
+        profiler = None
+
         def set_tensor_address(self, name, memory):
             assert name in self.engine.shapes and runtime.kinds[memory] in ("device", "mapped")
             assert len(runtime.live[memory]) == 4 * np.prod(self.engine.shapes[name])
@@ -239,6 +256,10 @@ def fake_tensorrt(runtime, version="10.3.0", title="tensorrt"):
                     answer[:] = expected_logits(row, len(answer))
 
             runtime.streams[stream_handle].add(work, set(self.addresses.values()))
+            if self.profiler:
+                assert runtime.streams[stream_handle].captured is None
+                for layer in LAYERS[:-1]:  # the last one runs as a part of another
+                    self.profiler.report_layer_time(layer["Name"], 0.25)
             return True
 
         def _view(self, name):
@@ -262,6 +283,14 @@ def fake_tensorrt(runtime, version="10.3.0", title="tensorrt"):
 
         def create_execution_context(self):
             return Context(self)
+
+        def create_engine_inspector(self):
+            return Inspector()
+
+    class Inspector:
+        def get_engine_information(self, format):
+            assert format == "JSON"
+            return json.dumps({"Layers": LAYERS, "Bindings": ["samples", "logits"]})
 
     class Runtime:
         def __init__(self, logger):
@@ -364,17 +393,23 @@ def fake_tensorrt(runtime, version="10.3.0", title="tensorrt"):
     class IProgressMonitor:
         pass
 
+    class IProfiler:
+        pass
+
+    class LayerInformationFormat:
+        JSON = "JSON"
+
     module = type("Module", (), {})()
     module.__name__, module.__version__ = title, version
     module.broken, module.breaches, module.builds, module.timings = False, [], 0, []
     for one in (
         ILogger, Runtime, Builder, OnnxParser, NetworkDefinitionCreationFlag, ProfilingVerbosity,
-        IProgressMonitor,
+        IProgressMonitor, IProfiler, LayerInformationFormat,
     ):  # fmt: skip
         setattr(module, one.__name__, one)
     module.parts = {
         "IExecutionContext": Context, "ICudaEngine": Engine, "INetworkDefinition": Network,
         "IBuilderConfig": Config, "ITimingCache": Timings, "Runtime": Runtime, "Builder": Builder,
-        "OnnxParser": OnnxParser,
+        "OnnxParser": OnnxParser, "EngineInspector": Inspector,
     }  # fmt: skip
     return module

@@ -4,7 +4,9 @@ import inspect
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from multiprocessing.pool import ThreadPool
 
 import cuda.bindings
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from edge_ser.bundle import Bundle
 from edge_ser.engines import build
 from edge_ser.engines.cuda import Cuda
+from edge_ser.engines.layers import summary
 from edge_ser.engines.tensorrt import TensorrtEngine, open_tensorrt
 from edge_ser.errors import BundleError, DeviceError, EngineError, MissingDependency
 from edge_ser.testing import expected_logits, make_bundle
@@ -197,6 +200,14 @@ def test_an_engine_of_another_machine_is_built_again(orin, caplog, change, line)
     assert not caplog.records
 
 
+def test_of_two_at_once_one_builds(orin):
+    with ThreadPool(2) as pool:
+        slow = {"progress": lambda *_: time.sleep(0.2)}
+        for engine in pool.map(lambda _: orin.open(**slow), range(2)):
+            engine.close()
+    assert orin.trt.builds == 1
+
+
 def test_other_weights_of_the_same_graph_are_another_engine(orin):
     orin.open().close()
     graph, hashes = orin.bundle.gpu_graph()
@@ -232,6 +243,20 @@ def test_progress_is_of_the_outermost_phase(orin):
     seen = []
     orin.open(progress=lambda *step: seen.append(step)).close()
     assert seen == [("Building", 0, 2), ("Building", 1, 2), ("Building", 2, 2)]
+
+
+def test_layers_tell_their_precision_and_cost(orin):
+    engine = orin.open()
+    layers = engine.layers()
+    assert [(layer.precision, layer.reformat, layer.ms) for layer in layers] == [
+        ("fp32", True, 0.25), ("int8", False, 0.25), ("fp16", False, 0.25), ("fp32", False, 0.25),
+        ("other", False, 0),
+    ]  # fmt: skip
+    assert summary(layers) == (
+        "layers: fp16 1 0.25 ms, fp32 1 0.25 ms, int8 1 0.25 ms, other 1 0.00 ms, "
+        "reformats 1 0.25 ms"
+    )
+    engine.close()
 
 
 # What fails
@@ -376,6 +401,7 @@ def test_it_has_no_name_that_tensorrt_lacks(wheel, tmp_path):
     parts = fake_tensorrt(None).parts
     names = {part for fake in parts.values() for part in vars(fake) if not part.startswith("_")}
     names |= {"num_io_tensors", "STRONGLY_TYPED", "IProgressMonitor", "phase_start", "DETAILED"}
+    names |= {"report_layer_time", "IProfiler", "LayerInformationFormat", "JSON"}
     names |= {"step_complete", "phase_finish", "ILogger", "INTERNAL_ERROR", *parts}
     names -= {"contexts", "shapes", "log"}
     lacking = {name for name in names if name.encode() + b"\0" not in binding}

@@ -113,19 +113,24 @@ def test_build_builds_every_shape_and_then_finds_it(orin, capsys):
     arguments = ["build", "--bundle", str(orin.bundle.path), "--batch", "1,8", "--window", "1,3"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[1] for line in lines[::2]] == [
+    assert [line.split(", ")[1] for line in lines[::3]] == [
         "1 x 1 s",
         "8 x 1 s",
         "1 x 3 s",
         "8 x 3 s",
     ]
-    assert all(line.strip().endswith(".plan") for line in lines[1::2])
+    assert all(line.startswith("  layers: fp16 1") for line in lines[1::3])
+    assert all(line.strip().endswith(".plan") for line in lines[2::3])
     assert orin.trt.builds == 4
     assert main([*arguments, "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert orin.trt.builds == 4
     assert {(one["batch"], one["window_s"]) for one in found} == {(1, 1), (8, 1), (1, 3), (8, 3)}
     assert {one["device"] for one in found} == {"Orin, tensorrt 10.3.0"}
+    assert found[0]["layers"][1] == {
+        "name": "conv1 + gelu", "kind": "CaskConvolution", "precision": "int8", "reformat": False,
+        "ms": 0.25,
+    }  # fmt: skip
 
 
 def test_predict_and_bench_on_tensorrt(orin, clips, capsys):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge_ser.bundle import Bundle
 from edge_ser.engines.build import Progress, build_plan, make_log, tensorrt_module
 from edge_ser.engines.cuda import Cuda
+from edge_ser.engines.layers import Layer, layers_of
 from edge_ser.engines.plans import Key, building, cache_folder, digest, read, write
 from edge_ser.errors import BundleError, EngineError
 
@@ -55,7 +56,7 @@ class TensorrtEngine:
         """
         self.device = f"{cuda.name}, {trt.__name__} {trt.__version__}"
         self.graph, self.plan_mb = graph, len(plan) / 1e6
-        self._cuda, self._log = cuda, log
+        self._trt, self._cuda, self._log = trt, cuda, log
         self._runtime = trt.Runtime(log)
         self._engine = self._there(self._runtime.deserialize_cuda_engine(plan), "load the plan")
         self._context = self._there(self._engine.create_execution_context(), "start")
@@ -110,7 +111,6 @@ class TensorrtEngine:
                 f"{(self.batch, self.window)}: build one for more (edge-ser build)"
             )
         self._samples.host[:rows] = np.resize(samples.T, (self.window, rows)).T
-        self._samples.host[rows:] = 0
         self._waiting = rows
         self._launch()
         self._cuda.mark()
@@ -139,6 +139,15 @@ class TensorrtEngine:
             self.submit(samples[start : start + self.batch])
             parts.append(self.result())
         return np.concatenate(parts)
+
+    def layers(self) -> list[Layer]:
+        """Return the layers of the plan, with their precision and time; for a report, not often."""
+
+        def run() -> None:
+            self._queue()
+            self._finish()
+
+        return layers_of(self._trt, self._engine, self._context, run)
 
     def close(self) -> None:
         """Free everything, each thing before what it stands on; see `Engine`."""
