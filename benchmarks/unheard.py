@@ -41,7 +41,7 @@ PEERS = ("onnxruntime_dynamic", "onnxruntime_static", "modelopt_default")
 PEER_WINDOWS, PEER_S = 32, 3.0  # modelopt takes windows of one length only
 JUDGED = 200
 AS_IT_IS = "as it is"
-ANSWERS, GIVEN_BACK = "answers.json", "given_back.json"
+CONDITIONS, GIVEN_BACK = "conditions.json", "given_back.json"
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def answer(
     reads: dict[str, Any] = {"head": fingerprint([trained]), "encoder": speech.recipe.encoder}
     key = run_stage(folder / "graph", reads, export)
     files, refused = {FP32: folder / "graph" / FP32_GRAPH}, {}
+    made: dict[str, Any] = {FP32: "", **settings}  # of what each graph depends on beside the head
     calibration = speech.first_windows(part.calibration)
     judged = speech.first_windows(part.judged)
     for name, how in settings.items():
@@ -140,14 +141,28 @@ def answer(
         try:
             run_stage(folder / tool.name, {"after": key}, make)
             files[row] = folder / tool.name / file
+            made[row] = tool.name
         except Exception as exc:  # that a tool fails on this network is a result
             refused[row] = str(exc).partition("\n")[0]
-    reads = {"after": key, "quantize": settings, "systems": sorted(files), "asked": temperature}
-    make = partial(_ask, speech, temperature, part, files, peers)
-    run_stage(folder / "answers", reads, make)
+    answered = {}
+    for name, file in files.items():
+        # A stage each: what a new quantizer does to one system is not asked of all others again.
+        home, reads = folder / f"answers of {name}", {"after": key, "made": made[name]}
+        make = partial(_ask, speech, temperature, part, name, file, peers)
+        run_stage(home, {**reads, "asked": temperature, "conditions": peers}, make)
+        answered[name] = {
+            condition: json.loads((home / f"{condition}.json").read_text())
+            for condition in json.loads((home / CONDITIONS).read_text())
+        }
     given_back = {name: json.loads((folder / name / GIVEN_BACK).read_text()) for name in settings}
-    found = json.loads((folder / "answers" / ANSWERS).read_text())
-    return {"conditions": found, "given_back": given_back, "refused": refused}
+    conditions = {
+        condition: {
+            "clips": one["clips"],
+            "probs": {name: by[condition]["probs"] for name, by in answered.items()},
+        }
+        for condition, one in answered[FP32].items()
+    }
+    return {"conditions": conditions, "given_back": given_back, "refused": refused}
 
 
 def _quantize(
@@ -169,23 +184,29 @@ def _ask(
     speech: Speech,
     temperature: float,
     part: Part,
-    files: Mapping[str, Path],
+    system: str,
+    file: Path,
     conditions: bool,
     folder: Path,
 ) -> None:
+    """Ask a graph; conditions that a stopped run has asked already are left as they are."""
     metadata = describe(speech, {"temperature": temperature, "abstain_below": 0.0}, None)
-    recognizers = {
-        name: Recognizer(metadata, OnnxEngine(file, threads=1)) for name, file in files.items()
-    }
+    recognizer = Recognizer(metadata, OnnxEngine(file, threads=1))
     places = {clip: place for place, clip in enumerate(part.asked)}
-    found: dict[str, Any] = {}
-    for name, heard in under_conditions(part.asked, RATE_HZ):
-        if name != AS_IT_IS and not conditions:
+    asked = []
+    for condition, heard in under_conditions(part.asked, RATE_HZ):
+        if condition != AS_IT_IS and not conditions:
             continue
-        probs: dict[str, list[list[float]]] = {system: [] for system in files}
-        for _, samples in tqdm(heard, desc=f"{part.head.name}, {name}", unit="clip"):
-            for system, recognizer in recognizers.items():
-                answered = recognizer.answer(*recognizer.run(samples, RATE_HZ))
-                probs[system].append(list(answered.probs.values()))
-        found[name] = {"clips": [places[clip] for clip, _ in heard], "probs": probs}
-    (folder / ANSWERS).write_text(json.dumps(found))
+        asked.append(condition)
+        if (answers := folder / f"{condition}.json").exists():
+            continue
+        name = f"{part.head.name}, {system}, {condition}"
+        probs = [
+            list(recognizer.answer(*recognizer.run(samples, RATE_HZ)).probs.values())
+            for _, samples in tqdm(heard, desc=name, unit="clip")
+        ]
+        found = {"clips": [places[clip] for clip, _ in heard], "probs": probs}
+        begun = answers.with_suffix(".partial")
+        begun.write_text(json.dumps(found))
+        begun.rename(answers)
+    (folder / CONDITIONS).write_text(json.dumps(asked))

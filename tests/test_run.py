@@ -623,6 +623,17 @@ def test_int8_is_compared_on_speakers_that_no_head_has_heard(home, capsys, tmp_p
         "none": True,
     }
     assert list(found["given_back"]) == ["fold0", "fold1", "fold2", "whole"]
+    answers = home / "out" / "teacher" / "seed0" / "accuracy-variants"
+    before = {file: file.stat().st_mtime_ns for file in answers.glob("*/answers of */*.json")}
+    assert len(before) == 4 * 3 * 3  # heads; systems; answers, conditions and what they hang on
+    variants.write_text(variants.read_text().replace("gptq = false", "gptq = true"))
+    stopped = answers / "whole" / "answers of base"
+    stopped.rename(stopped.with_name("answers of base.partial"))
+    assert benchmarks(["accuracy", *places, "--variants", str(variants)]) == 0
+    after = {file: file.stat().st_mtime_ns for file in before}
+    again = {file for file in before if after[file] != before[file]}
+    assert {file.parent.name for file in again} == {"answers of none", "answers of base"}
+    assert [file.name for file in again if file.parent == stopped] == ["conditions.json"]
     capsys.readouterr()
     assert benchmarks(["accuracy", *places, "--seed", "5"]) == 1
     assert "run a recipe with [train] first: python -m export run" in capsys.readouterr().err
