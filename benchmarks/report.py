@@ -239,7 +239,7 @@ def accuracy_plot(result: Row, file: Path) -> None:
     labels.set_yticks(range(len(conditions)), conditions)
     labels.invert_yaxis()
     labels.set_xlabel("% of the labels as full precision has them")
-    labels.legend()
+    figure.legend(loc="outside lower center", ncols=len(systems))
     lost.axvline(0, color="gray", linewidth=1)
     lost.set_xlabel("points of UA more than full precision, 95 % intervals")
     figure.suptitle(f"{result['recipe']}, seed {result['seed']}")
