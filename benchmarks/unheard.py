@@ -29,12 +29,11 @@ from export.graph import export_graph
 from export.model import load_classifier
 from export.pack import describe
 from export.probe import Floats
-from export.qdq import as_float
 from export.quantize import give_back, quantize, write_int8
 from export.recipe import Quantize
 from export.speech import RATE_HZ, Speech
 from export.splits import pooled, speakers
-from export.stage import fingerprint, run_stage
+from export.stage import KEY_FILE, fingerprint, run_stage
 
 FP32, OURS = "ONNX FP32", "edge_ser INT8"
 PEERS = ("onnxruntime_dynamic", "onnxruntime_static", "modelopt_default")
@@ -124,7 +123,6 @@ def answer(
     reads: dict[str, Any] = {"head": fingerprint([trained]), "encoder": speech.recipe.encoder}
     key = run_stage(folder / "graph", reads, export)
     files, refused = {FP32: folder / "graph" / FP32_GRAPH}, {}
-    made: dict[str, Any] = {FP32: "", **settings}  # of what each graph depends on beside the head
     calibration = speech.first_windows(part.calibration)
     judged = speech.first_windows(part.judged)
     for name, how in settings.items():
@@ -141,15 +139,16 @@ def answer(
         try:
             run_stage(folder / tool.name, {"after": key}, make)
             files[row] = folder / tool.name / file
-            made[row] = tool.name
         except Exception as exc:  # that a tool fails on this network is a result
             refused[row] = str(exc).partition("\n")[0]
     answered = {}
     for name, file in files.items():
         # A stage each: what a new quantizer does to one system is not asked of all others again.
-        home, reads = folder / f"answers of {name}", {"after": key, "made": made[name]}
+        home = folder / f"answers of {name}"
+        graph = sorted(part for part in file.parent.iterdir() if part.name != KEY_FILE)
+        reads = {"graph": fingerprint(graph), "asked": temperature}
         make = partial(_ask, speech, temperature, part, name, file, peers)
-        run_stage(home, {**reads, "asked": temperature, "conditions": peers}, make)
+        run_stage(home, {**reads, "conditions": peers}, make)
         answered[name] = {
             condition: json.loads((home / f"{condition}.json").read_text())
             for condition in json.loads((home / CONDITIONS).read_text())
@@ -175,8 +174,8 @@ def _quantize(
     exact, int8, layers = quantize(onnx.load(fp32), windows, settings)
     given_back: list[str] = []
     if settings.most_float:
-        given_back = give_back(exact, int8, layers, judged, settings)[1]
-    write_int8(as_float(int8, exact, given_back), folder)
+        int8, given_back, *_ = give_back(exact, int8, layers, windows, judged, settings)
+    write_int8(int8, folder)
     (folder / GIVEN_BACK).write_text(json.dumps(given_back))
 
 

@@ -152,7 +152,11 @@ def read_clips(manifest: Path, labels: tuple[str, ...]) -> list[tuple[Path, str]
         with manifest.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
-        raise AudioError(f"manifest {str(manifest)!r} cannot be read: {exc}") from exc
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise AudioError(
+            f"manifest {str(manifest)!r} cannot be read ({why}); needed is a CSV file with a "
+            "column 'path'"
+        ) from exc
     if not rows or "path" not in rows[0]:
         raise AudioError(f"manifest {str(manifest)!r} has no clips; needed is a column 'path'")
     for row in rows:

@@ -4,9 +4,8 @@ With zero point 0, as TensorRT demands, the 255 steps lie evenly around zero. Be
 gives values from -0.17 up, nearly half of them would stay unused, and a channel far from zero would
 waste more. Subtracting a constant from each channel before the rounding, and adding what the layer
 makes of these constants to its bias, changes nothing in full precision (the channel-wise shifting
-of Outlier Suppression+, arXiv 2304.09145). Where a LayerNormalization stands before the layer, the
-subtraction goes into its bias and costs nothing; elsewhere it is a Sub, which must be worth its
-time.
+of Outlier Suppression+, arXiv 2304.09145). Behind a LayerNormalization or attention, the
+subtraction goes into a bias and costs nothing; elsewhere it is a Sub, which must be worth its time.
 """
 
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
+from export.upstream import give, shifting
 
 # Of the squared error of evened-out channels, the most that a subtraction may leave.
 WORTH = 0.5
@@ -82,18 +82,15 @@ def _centre_tensor(
 ) -> None:
     constants = {constant.name: constant for constant in graph.initializer}
     weights = [numpy_helper.to_array(constants[layer.input[1]]) for layer in layers]  # (D, O)
-    producer = next(node for node in graph.node if tensor in node.output)
-    free = (
-        producer.op_type == "LayerNormalization"
-        and len(producer.input) == 3
-        and sum(tensor in node.input for node in graph.node) == len(layers)
-    )
+    alone = sum(tensor in node.input for node in graph.node) == len(layers)
+    free = shifting(graph, tensor) if alone else None
     if not free and error_left(low, high, weights) > WORTH:
         return
     shift = ((low + high) / 2).astype(np.float32)
     if free:
-        bias = numpy_helper.to_array(constants[producer.input[2]]) - shift
-        producer.input[2] = _constant(graph, f"{tensor}_centred_bias", bias)
+        node, place = free
+        bias = numpy_helper.to_array(constants[node.input[place]]) - shift
+        give(graph, node, place, f"{tensor}_centred_bias", bias)
     else:
         centred = f"{tensor}_centred"
         inputs = [tensor, _constant(graph, f"{tensor}_shift", shift)]
@@ -136,7 +133,7 @@ def _add(
         place = next((i for i, one in enumerate(readers[0].input) if one in constants), None)
         if place is not None:
             bias = numpy_helper.to_array(constants[readers[0].input[place]])
-            readers[0].input[place] = _constant(graph, name, bias + more)  # it may serve others
+            give(graph, readers[0], place, name, bias + more)
             return
     layer.output[0] = f"{layer.name}_product"
     inputs = [layer.output[0], _constant(graph, name, more)]

@@ -136,7 +136,7 @@ def conditions(axis: Any, certificate: Mapping[str, Any]) -> None:
 
 
 def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
-    """Draw the layers whose rounding alone moves the answers most; hatched, those left float."""
+    """Draw the layers whose rounding alone moves the answers most; hatched, those given back."""
     found = certificate["quantization"]
     worst = dict(list(found["alone"].items())[:12])
     bars = axis.barh([name[-28:] for name in worst], list(worst.values()))
@@ -145,7 +145,7 @@ def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlabel("divergence of the answers, nats")
-    axis.set_title("One layer in INT8, the worst (hatched: float)")
+    axis.set_title("One layer in INT8, the worst (hatched: reads float)")
 
 
 def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:

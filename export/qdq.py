@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export.probe import computing
 
@@ -67,16 +67,40 @@ def as_float(
     before = {node.name: node for node in exact.graph.node}
     constants = {tensor.name: tensor for tensor in exact.graph.initializer}
     there = {tensor.name: tensor for tensor in graph.initializer}
-    outputs = set()
     for node in graph.node:
         if node.name in layers:
             weight, bias = before[node.name].input[1], bias_and_output(graph, node, there)[0]
             node.input[:] = before[node.name].input
-            outputs.add(node.output[0])
             if weight not in there:
                 graph.initializer.append(constants[weight])
             if bias:
                 there[bias].CopyFrom(constants[bias])
+    _give_unrounded(graph, layers)
+    return model
+
+
+def with_float_sums(int8: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
+    """Return a copy of a Q/DQ graph in which some layers multiply float values.
+
+    Their weights stay INT8, so that the file grows by nothing: nearly all of what INT8 costs is the
+    rounding of activations, since weights are rounded by `export.rounding`.
+
+    Args:
+        int8: The Q/DQ graph.
+        layers: Names of quantized nodes.
+    """
+    model = onnx.ModelProto.FromString(int8.SerializeToString())
+    sources = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.name in layers:
+            node.input[0] = sources[sources[node.input[0]].input[0]].input[0]
+    _give_unrounded(model.graph, layers)
+    return model
+
+
+def _give_unrounded(graph: onnx.GraphProto, layers: Collection[str]) -> None:
+    """Let nodes but quantized layers read what float layers give as it is, in place."""
+    outputs = {node.output[0] for node in graph.node if node.name in layers}
     sources = {output: node for node in graph.node for output in node.output}
     behind = {}  # what follows the rounding of such an output, and the output
     for node in graph.node:
@@ -86,10 +110,9 @@ def as_float(
                 behind[node.output[0]] = rounded
     for node in graph.node:
         weight = sources.get(node.input[1]) if node.op_type in QUANTIZED else None
-        if weight is None or not _is(weight, "Dequantize"):  # a quantized layer reads it rounded
+        if node.name in layers or weight is None or not _is(weight, "Dequantize"):
             node.input[:] = [behind.get(name, name) for name in node.input]
     drop_unused(graph)
-    return model
 
 
 def _is(node: onnx.NodeProto, operation: str) -> bool:
@@ -103,6 +126,7 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
+    _widen_weights(graph)
     weights = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8 and t.dims}
     zero = "zero_point_128"
     graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), zero))
@@ -111,6 +135,36 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
             node.input[2] = zero
     drop_unused(graph)
     return model
+
+
+def _widen_weights(graph: onnx.GraphProto) -> None:
+    """Let layers that multiply float values read weights that are widened, in place.
+
+    ONNX Runtime does that once, when it opens the graph. Of a DequantizeLinear it would make a
+    product of 8-bit blocks, which is slower and rounds the values after all.
+    """
+    sources = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        scaled = sources.get(node.input[1]) if node.op_type in QUANTIZED else None
+        values = sources.get(node.input[0])
+        if scaled is None or not _is(scaled, "Dequantize"):
+            continue
+        if values is not None and _is(values, "Dequantize"):
+            continue
+        weight, scale = scaled.input[0], numpy_helper.to_array(constants[scaled.input[1]])
+        axis = next((part.i for part in scaled.attribute if part.name == "axis"), 1)
+        shape = np.ones(len(constants[weight].dims), int)
+        shape[axis] = -1
+        wide, integers, factor = (f"{weight}_{part}" for part in ("wide", "integers", "factor"))
+        graph.initializer.append(numpy_helper.from_array(scale.reshape(shape), factor))
+        added = [
+            helper.make_node("Cast", [weight], [integers], integers, to=TensorProto.FLOAT),
+            helper.make_node("Mul", [integers, factor], [wide], wide),
+        ]
+        for one in added:
+            graph.node.insert(list(graph.node).index(node), one)
+        node.input[1] = wide
 
 
 def bias_and_output(

@@ -30,16 +30,23 @@ from export.half import make_halves
 from export.probe import Floats
 from export.qdq import (
     QUANTIZED,
-    as_float,
     drop_unused,
     float_nodes,
     save_with_shared_weights,
     unsigned,
+    with_float_sums,
 )
 from export.recipe import Quantize
 from export.rounding import round_weights
-from export.sensitivity import front, least_float, walk
+from export.sensitivity import (
+    apart,
+    front,
+    logits_of,
+    order_to_give_back,
+    walk,
+)
 from export.smooth import even_out
+from export.turn import turn
 
 ROUNDING_WINDOWS = 128
 DEBIAS_WINDOWS = 48  # each level's turn runs all of them
@@ -74,8 +81,8 @@ def quantize(
         settings: The recipe's; what they say of the cost is not looked at.
 
     Returns:
-        Full precision, centred and evened out, which changes nothing; the signed Q/DQ graph, its
-        nodes and tensors called alike; and the names of the quantized layers.
+        Full precision, turned, centred and evened out, which changes nothing; the signed Q/DQ
+        graph, its nodes and tensors called alike; and the names of the quantized layers.
     """
     settings = settings or Quantize()
     exact = onnx.ModelProto.FromString(fp32.SerializeToString())
@@ -84,9 +91,12 @@ def quantize(
     # Stale shapes of the exporter contradict those that the quantizer infers.
     del exact.graph.value_info[:]
     windows = softened(windows)
+    if settings.turning:
+        turn(exact, layers, windows[0])
+        drop_unused(exact.graph)  # ONNX Runtime would warn of each constant that was replaced
     if settings.centring:
         centre(exact, layers, windows)
-        drop_unused(exact.graph)  # ONNX Runtime would warn of each constant that was replaced
+        drop_unused(exact.graph)
     if settings.smoothing:
         even_out(exact, layers, windows, settings.smoothing)
         drop_unused(exact.graph)
@@ -161,28 +171,44 @@ def give_back(
     exact: onnx.ModelProto,
     int8: onnx.ModelProto,
     layers: Sequence[str],
+    windows: Sequence[Floats],
     judged: Sequence[Floats],
     settings: Quantize,
-) -> tuple[dict[str, float], list[str], dict[str, float]]:
-    """Choose the layers that go back to float, so that judged windows are answered alike.
+) -> tuple[onnx.ModelProto, list[str], dict[str, float], dict[str, float]]:
+    """Let layers multiply float values until judged windows are answered alike.
 
     Args:
         exact: Full precision.
         int8: Its signed Q/DQ graph.
         layers: Names of the quantized nodes.
+        windows: Calibration speech, each of shape (T,).
         judged: Speech that was not calibrated with, each of shape (T,).
         settings: The recipe's.
 
     Returns:
-        What each layer costs alone, see `walk`; those that are chosen; and what is left of the
-        cost with them float, see `least_float`.
+        The signed Q/DQ graph, with as few such layers as hold the bounds, or all that the recipe
+        allows; their names; what the rounding of each layer costs alone, see `walk`; and what is
+        left of the cost, see `apart`.
     """
     alone = walk(exact, int8, layers, _some(judged))
-    given_back, left = least_float(
-        exact, int8, list(alone)[: settings.most_float], judged,
-        equal=settings.labels_equal, most_apart=settings.divergence,
-    )  # fmt: skip
-    return alone, given_back, left
+    expected = logits_of(exact, judged)
+    heard = softened(windows)[:DEBIAS_WINDOWS]
+    given_back: list[str] = []
+    chosen = int8
+    for layer in [*order_to_give_back(int8, alone)[: settings.most_float], None]:
+        left = apart(expected, logits_of(unsigned(chosen), judged))
+        tqdm.write(
+            f"quantize: with {len(given_back)} more float layers {left['labels_equal']:.1%} of the "
+            f"judged windows keep their label, answers are {left['divergence']:.1e} nats apart"
+        )
+        held = left["labels_equal"] >= settings.labels_equal
+        if layer is None or (held and left["divergence"] <= settings.divergence):
+            break
+        chosen = with_float_sums(chosen, [layer])
+        if settings.bias_correction:
+            correct_biases(exact, chosen, heard, [layer])
+        given_back.append(layer)
+    return chosen, given_back, alone, left
 
 
 def _some(windows: Sequence[Floats]) -> Sequence[Floats]:
@@ -198,10 +224,10 @@ def make_int8(
 ) -> None:
     """The stage: INT8 graphs, full precision, both in half, and ``quantization.json``.
 
-    As long as the judged windows are answered too differently, one layer more stays float: that
-    whose rounding alone moves the answers most. A head that was trained again on all speakers has
-    heard those of the validation, and its labels on them are safer than on others; so the
-    divergence of the answers is looked at as well.
+    As long as the judged windows are answered too differently, one layer more multiplies float
+    values, see `export.sensitivity.order_to_give_back`. A head that was trained again on all
+    speakers has heard those of the validation, and its labels on them are safer than on others; so
+    the divergence of the answers is looked at as well.
 
     Args:
         graph: The folder of ``model.onnx``.
@@ -212,16 +238,16 @@ def make_int8(
     """
     model = onnx.load(graph / "model.onnx")
     exact, int8, layers = quantize(model, windows, settings)
-    alone, given_back, left = give_back(exact, int8, layers, judged, settings)
-    write_int8(as_float(int8, exact, given_back), folder)
+    chosen, given_back, alone, left = give_back(exact, int8, layers, windows, judged, settings)
+    write_int8(chosen, folder)
     some = _some(judged)
-    reasons = {name: f"alone {alone[name]:.1e} nats" for name in given_back}
+    reasons = {name: f"alone {alone[name]:.1e} nats; weights INT8" for name in given_back}
     found = {
         "float_nodes": {**float_nodes(model.graph), **reasons},
         "given_back": given_back,
         "validation": left,
         "alone": alone,
-        "front": front(exact, int8, list(alone), some, len(given_back)),
+        "front": front(exact, int8, order_to_give_back(int8, alone), some, len(given_back)),
     }
     shutil.copyfile(graph / "model.onnx", folder / "model.onnx")
     found["half_labels_equal"] = make_halves(folder, windows[:8], some)

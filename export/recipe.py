@@ -123,6 +123,7 @@ class Quantize:
     Attributes:
         smoothing: How much of loud channels goes to the weights, 0 to 1 (see `export.smooth`); 0
             leaves all as it is.
+        turning: Whether the channels of attention heads are mixed (see `export.turn`).
         centring: Whether channels are shifted to the middle of their range (see `export.centre`).
         clipping: Whether ranges leave out the rarest values (see `export.clip`).
         gptq: Whether weights are rounded by what they are multiplied by (see `export.rounding`).
@@ -133,6 +134,7 @@ class Quantize:
     """
 
     smoothing: float = 0.85
+    turning: bool = True
     centring: bool = True
     clipping: bool = False
     gptq: bool = True

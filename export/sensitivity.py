@@ -1,8 +1,9 @@
 """What rounding costs layer by layer, and what it would cost to leave some layers float."""
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from export import metrics
 from export.probe import Floats, session_of
-from export.qdq import as_float, unsigned
+from export.qdq import as_float, unsigned, with_float_sums
 
 FRONT = (0, 1, 2, 4, 8)
 """Float layers of the graphs that are compared."""
@@ -46,41 +47,38 @@ def walk(
     return dict(sorted(found.items(), key=lambda one: -one[1]))
 
 
-def least_float(
-    exact: onnx.ModelProto,
-    int8: onnx.ModelProto,
-    worst: Sequence[str],
-    windows: Sequence[Floats],
-    *,
-    equal: float,
-    most_apart: float,
-) -> tuple[list[str], dict[str, float]]:
-    """Choose the fewest layers that must stay float for answers to stay as they are.
+def order_to_give_back(int8: onnx.ModelProto, alone: Mapping[str, float]) -> list[str]:
+    """Return layers in the order in which they should no longer round what they read.
+
+    First come those that cost more than the mean layer, the one with the fewest weights for its
+    cost before all: a float layer takes the longer the more weights it has. Then come the others.
 
     Args:
-        exact: Full precision.
-        int8: Its signed Q/DQ graph.
-        worst: The layers that may stay float, in the order in which they are given back.
-        windows: Speech, each of shape (T,).
-        equal: Share of the windows that must keep their label.
-        most_apart: Largest `divergence`, in nats.
-
-    Returns:
-        The layers, all of ``worst`` where even they do not suffice, and the ``labels_equal`` and
-        ``divergence`` that are left.
+        int8: The Q/DQ graph.
+        alone: What `walk` returned.
     """
-    expected = logits_of(exact, windows)
-    for count in range(len(worst) + 1):
-        answers = logits_of(unsigned(as_float(int8, exact, worst[:count])), windows)
-        same = float((answers.argmax(axis=1) == expected.argmax(axis=1)).mean())
-        left = {"labels_equal": same, "divergence": divergence(expected, answers)}
-        tqdm.write(
-            f"quantize: with {count} more float layers {same:.1%} of the judged windows keep their "
-            f"label, answers are {left['divergence']:.1e} nats apart"
-        )
-        if same >= equal and left["divergence"] <= most_apart:
-            break
-    return list(worst[:count]), left
+    sources = {output: node for node in int8.graph.node for output in node.output}
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in int8.graph.initializer}
+    weights = {
+        node.name: sizes[sources[node.input[1]].input[0]]
+        for node in int8.graph.node
+        if node.name in alone
+    }
+    mean = statistics.mean(alone.values())
+    dear = [name for name, cost in alone.items() if cost > mean]
+    dear.sort(key=lambda name: weights[name] / alone[name])
+    return [*dear, *(name for name in alone if name not in dear)]
+
+
+def apart(expected: Logits, found: Logits) -> dict[str, float]:
+    """Return the share of ``labels_equal`` and the ``divergence`` of answers, in nats.
+
+    Args:
+        expected: Logits (N, C).
+        found: The same of another graph.
+    """
+    same = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
+    return {"labels_equal": same, "divergence": divergence(expected, found)}
 
 
 def front(
@@ -105,7 +103,7 @@ def front(
         precision takes.
     """
     counts = sorted(count for count in {*FRONT, chosen} if count < len(worst))
-    models = [unsigned(as_float(int8, exact, worst[:count])) for count in counts]
+    models = [unsigned(with_float_sums(int8, worst[:count])) for count in counts]
     sessions = [session_of(model) for model in (*models, exact)]
     answers: list[list[Logits]] = [[] for _ in sessions]
     taken: list[list[float]] = [[] for _ in sessions]

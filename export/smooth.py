@@ -2,9 +2,9 @@
 
 One scale serves a whole activation tensor, so a few loud channels leave the others with a few
 levels out of 256. Dividing each input channel of a layer by a factor, and multiplying the layer's
-weights for that channel by it, changes nothing in full precision. Where a LayerNormalization stands
-before the layer, the division goes into its constants and costs nothing; elsewhere it is a Mul,
-which must be worth its time.
+weights for that channel by it, changes nothing in full precision. Behind a LayerNormalization or
+attention, the division goes into constants and costs nothing; elsewhere it is a Mul, which must be
+worth its time.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
+from export.upstream import give, scaling
 
 # Of the squared error that rounding makes, the most that an extra multiplication may leave.
 WORTH = 0.5
@@ -68,7 +69,7 @@ def _even_tensor(
     factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
-    free = producer.op_type == "LayerNormalization" and len(readers) == len(layers)
+    free = scaling(graph, tensor) if len(readers) == len(layers) else []
     squares = sum(np.square(weight).reshape(len(weight), -1).sum(axis=1) for weight in weights)
     if error_left(loudest, squares, factor) > (1 if free else WORTH):
         return
@@ -77,11 +78,9 @@ def _even_tensor(
         array = np.ascontiguousarray(exchange_channels(node, scaled))
         constants[node.input[1]].CopyFrom(numpy_helper.from_array(array, node.input[1]))
     if free:
-        for place in range(1, len(producer.input)):
-            array = numpy_helper.to_array(constants[producer.input[place]]) / factor
-            name = f"{tensor}_even_{place}"  # of its own: a constant may serve several nodes
-            graph.initializer.append(numpy_helper.from_array(array, name))
-            producer.input[place] = name
+        for number, (node, place) in enumerate(free):
+            array = numpy_helper.to_array(constants[node.input[place]]) / factor
+            give(graph, node, place, f"{tensor}_even_{number}", array)
         return
     shape = (-1, 1) if layers[0].op_type == "Conv" else (-1,)
     name, even = f"{tensor}_inverse", f"{tensor}_even"

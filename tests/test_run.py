@@ -53,13 +53,13 @@ states = 2
 width = 16
 dropout = 0.1
 [train]
-epochs = 30
+epochs = 20
 views = 1
 batch = 8
 learning_rate = 5e-3
 average = 0.9
 tuned = 1
-folds = 3
+folds = 2
 """
 
 STUDENT = f"""
@@ -272,7 +272,7 @@ def test_the_student_that_has_heard_everybody_is_shipped(home, copy):
     assert not (copy / "out" / "student" / "seed0" / "train" / "refit").exists()
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 4), ("student", 2), ("folded", 3)])
+@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 3), ("student", 2), ("folded", 3)])
 def test_a_run_tells_how_many_trainings_share_the_cores(home, recipe, expected):
     run = Run(home / f"{recipe}.toml", home / "corpora", home / "weights", home / "out")
     assert run.trainings == expected
@@ -347,7 +347,7 @@ def test_nothing_is_made_twice(copy, capsys):
 
 def test_a_changed_key_makes_again_what_depends_on_it(copy):
     before = made(copy)
-    change(copy, "teacher", "epochs = 30", "epochs = 31")
+    change(copy, "teacher", "epochs = 20", "epochs = 21")
     assert main(arguments(copy, "teacher")) == 0
     assert remade(before, made(copy)) == seeded(*STAGES)
 
@@ -366,9 +366,10 @@ def test_from_makes_a_stage_and_all_later_ones(copy, more, expected):
     assert made(copy).keys() == before.keys()
 
 
-def test_only_makes_a_stage_and_stops(copy):
+def test_only_makes_a_stage_and_stops(home, copy):
     before = made(copy)
     assert main(arguments(copy, "teacher", "--only", "quantize")) == 0
+    assert alike(home, copy, "quantize/model_int8.bin")
     assert remade(before, made(copy)) == seeded("quantize")
     assert before.keys() - made(copy).keys() == seeded("certify", "bundle")
 
@@ -399,13 +400,16 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(home, copy):
     assert checkpoint.exists()
     assert not (copy / "out" / "teacher" / "seed0" / "train").exists()
     assert "going on where it was" in _again(copy)
-    for file in ("train/model.safetensors", "quantize/model_int8.bin"):
-        one, other = (place / "out" / "teacher" / "seed0" / file for place in (home, copy))
-        assert one.read_bytes() == other.read_bytes()
+    assert alike(home, copy, "train/model.safetensors")
+
+
+def alike(home, copy, file):
+    one, other = (place / "out" / "teacher" / "seed0" / file for place in (home, copy))
+    return one.read_bytes() == other.read_bytes()
 
 
 def _again(home):
-    process = started(home, "teacher", "--only", "quantize")
+    process = started(home, "teacher", "--only", "train")
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     return errors
@@ -622,7 +626,7 @@ def test_int8_is_compared_on_speakers_that_no_head_has_heard(home, capsys, tmp_p
         "base": True,
         "none": True,
     }
-    assert list(found["given_back"]) == ["fold0", "fold1", "fold2", "whole"]
+    assert list(found["given_back"]) == ["fold0", "fold1", "whole"]
     answers = home / "out" / "teacher" / "seed0" / "accuracy-variants"
     before = {file: file.stat().st_mtime_ns for file in answers.glob("*/answers of */*.json")}
     assert len(before) == 4 * 3 * 3  # heads; systems; answers, conditions and what they hang on

@@ -2,6 +2,7 @@ import copy
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -12,10 +13,25 @@ from export.encoders.whisper import WhisperStem
 from export.graph import export_graph
 from export.heads import CnnHead
 from export.model import Classifier
-from export.qdq import QUANTIZED, as_float, float_nodes, unsigned
-from export.quantize import quantize
+from export.probe import tensor_values
+from export.qdq import (
+    QUANTIZED,
+    as_float,
+    bias_and_output,
+    float_nodes,
+    unsigned,
+    with_float_sums,
+)
+from export.quantize import give_back, quantize, softened
 from export.recipe import Quantize
-from export.sensitivity import divergence, front, least_float, logits_of, walk
+from export.sensitivity import (
+    apart,
+    divergence,
+    front,
+    logits_of,
+    order_to_give_back,
+    walk,
+)
 from tests.speech_corpus import voice
 
 PROPERTIES = {"labels": ["a", "b", "c"], "sample_rate_hz": 16000, "schema_version": 1}
@@ -84,6 +100,69 @@ def test_a_float_layer_reads_and_gives_no_rounded_tensor(graphs):
         onnx.checker.check_model(model, full_check=True)
 
 
+def test_a_layer_with_float_sums_keeps_its_int8_weights_only(graphs):
+    exact, int8, layers = graphs
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in int8.graph.initializer}
+    model = copy.deepcopy(exact)
+    there = {tensor.name: tensor for tensor in model.graph.initializer}
+    sources = {output: node for node in int8.graph.node for output in node.output}
+    rounded = {node.name: node for node in int8.graph.node}
+    for node in exact.graph.node:
+        if node.name not in layers:
+            continue
+        weight, scale = (constants[name] for name in sources[rounded[node.name].input[1]].input[:2])
+        widened = weight * (scale if node.op_type == "MatMul" else np.expand_dims(scale, (1, 2)))
+        bias = bias_and_output(int8.graph, rounded[node.name], there)[0]
+        for name, array in ((node.input[1], widened.astype(np.float32)), (bias, constants[bias])):
+            there[name].CopyFrom(numpy_helper.from_array(array, name))
+    floats = with_float_sums(int8, layers)
+    assert not [node for node in floats.graph.node if node.op_type == "QuantizeLinear"]
+    for graph in (floats, unsigned(floats)):
+        onnx.checker.check_model(graph, full_check=True)
+        np.testing.assert_allclose(logits_of(graph, WINDOWS), logits_of(model, WINDOWS), atol=1e-4)
+        kinds = [tensor.data_type for tensor in graph.graph.initializer]
+        assert kinds.count(onnx.TensorProto.INT8) >= len(layers)
+    assert floats.ByteSize() < int8.ByteSize()
+    one, other = (plain_logits(graph) for graph in (floats, unsigned(floats)))
+    np.testing.assert_array_equal(one, other)
+
+
+def plain_logits(model):
+    """Return the logits of a window as the nodes give them, without any optimization."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return session.run(["logits"], {"samples": WINDOWS[0][None]})[0]
+
+
+def test_other_layers_still_multiply_int8(graphs):
+    _, int8, layers = graphs
+    model = unsigned(with_float_sums(int8, layers[:1]))
+    sources = {output: node.op_type for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.name in layers:
+            expected = {"DequantizeLinear"} if node.name != layers[0] else {"Mul"}
+            assert {sources[node.input[1]]} == expected
+            assert (sources[node.input[0]] == "DequantizeLinear") == (node.name != layers[0])
+
+
+def test_dear_layers_with_few_weights_are_given_back_first(graphs):
+    _, int8, layers = graphs
+    sources = {output: node for node in int8.graph.node for output in node.output}
+    sizes = {tensor.name: np.prod(tensor.dims) for tensor in int8.graph.initializer}
+    weights = {
+        node.name: sizes[sources[node.input[1]].input[0]]
+        for node in int8.graph.node
+        if node.name in layers
+    }
+    small, big = min(weights, key=weights.get), max(weights, key=weights.get)
+    others = [layer for layer in layers if layer not in (small, big)]
+    alone = {big: 1.1, small: 1.0} | {layer: 0.1 / (1 + n) for n, layer in enumerate(others)}
+    assert order_to_give_back(int8, alone) == [small, big, *others]
+    alone[big] = 1.0 * weights[big] / weights[small] * 1.01
+    assert order_to_give_back(int8, alone)[0] == big
+
+
 def test_the_layer_that_is_rounded_badly_comes_first(graphs):
     exact, int8, layers = graphs
     found = walk(exact, int8, layers, WINDOWS)
@@ -98,20 +177,37 @@ def test_the_layer_that_is_rounded_badly_comes_first(graphs):
 
 def test_as_few_layers_as_hold_the_bound_are_given_back(graphs):
     exact, int8, layers = graphs
-    worst = list(walk(exact, int8, layers, WINDOWS))[:3]
-    left = [
-        divergence(
-            logits_of(exact, WINDOWS),
-            logits_of(unsigned(as_float(int8, exact, worst[:count])), WINDOWS),
-        )
-        for count in range(4)
-    ]
-    assert left[1] < left[0] / 2
-    for bound, count in ((1.0, 0), (left[1] * 1.001, 1), (0.0, 3)):
-        kept, found = least_float(exact, int8, worst, WINDOWS, equal=0.0, most_apart=bound)
-        assert kept == worst[:count]
-        assert found["divergence"] == pytest.approx(left[count])
-    assert least_float(exact, int8, worst, WINDOWS, equal=1.01, most_apart=1.0)[0] == worst
+    expected = logits_of(exact, WINDOWS)
+    alone = walk(exact, int8, layers, WINDOWS)
+    order = order_to_give_back(int8, alone)
+    assert order[0] == layers[3]
+
+    def given(bound, most=3, equal=0.0):
+        settings = Quantize(divergence=bound, most_float=most, labels_equal=equal)
+        return give_back(exact, int8, layers, WINDOWS, WINDOWS, settings)
+
+    assert given(1.0)[:2] == (int8, [])
+    chosen, names, costs, left = given(0.0)
+    assert (names, costs) == (order[:3], alone)
+    assert left == apart(expected, logits_of(unsigned(chosen), WINDOWS))
+    one, names, _, left = given(divergence(expected, logits_of(unsigned(int8), WINDOWS)) / 2)
+    assert names == order[:1]
+    assert left == apart(expected, logits_of(unsigned(one), WINDOWS))
+    assert given(0.0, most=0)[:2] == (int8, [])
+
+
+def test_a_layer_that_is_given_back_is_not_off_on_average(graphs):
+    exact, int8, layers = graphs
+    settings = Quantize(divergence=0.0, most_float=1)
+    chosen, (name,), *_ = give_back(exact, int8, layers, WINDOWS, WINDOWS, settings)
+    (node,) = [node for node in exact.graph.node if node.name == name]
+
+    def mean(model):
+        values = tensor_values(model, [node.output[0]], softened(WINDOWS))
+        return np.concatenate([value[node.output[0]] for value in values], axis=2).mean(axis=(0, 2))
+
+    left = np.abs(mean(unsigned(chosen)) - mean(exact)).max()
+    assert left < 0.1 * np.abs(mean(unsigned(with_float_sums(int8, [name]))) - mean(exact)).max()
 
 
 def test_the_front_goes_from_all_int8_to_full_precision(graphs):
@@ -120,7 +216,7 @@ def test_the_front_goes_from_all_int8_to_full_precision(graphs):
     rows = front(exact, int8, order, WINDOWS)
     assert [row["float_layers"] for row in rows] == [0, 1, 2, 4, 8, len(layers)]
     assert rows[-1]["mb"] == exact.ByteSize() / 1e6
-    assert rows[1]["mb"] == unsigned(as_float(int8, exact, order[:1])).ByteSize() / 1e6
+    assert rows[1]["mb"] == unsigned(with_float_sums(int8, order[:1])).ByteSize() / 1e6
     assert rows[-1]["divergence"] == 0
     assert rows[-1]["time"] == 1
     assert rows[1]["divergence"] < rows[0]["divergence"]

@@ -18,7 +18,7 @@ from export.encoders.wav import WavEncoder
 from export.encoders.wav2vec2 import load_wav2vec2
 from export.graph import export_graph
 from export.half import half
-from export.qdq import QUANTIZED
+from export.qdq import QUANTIZED, with_float_sums
 from export.quantize import quantize, write_int8
 from tests.speech_corpus import voice
 from tests.test_wav2vec2 import SIZES
@@ -33,6 +33,9 @@ def wavlm(folder):
     WavLMModel(WavLMConfig(**SIZES | FEW)).save_pretrained(folder)
     return load_wav2vec2(str(folder), None, 1, 1)
 
+
+GIVEN_BACK = 2
+"""The layer of those that is given back: its weights alone are INT8."""
 
 ENCODERS = {"wav": lambda _: WavEncoder(32, 1), "wavlm": wavlm}
 """WavLM has all that Wav2Vec2 has, and gates in its attention."""
@@ -72,7 +75,8 @@ def network(tmp_path_factory):
                 encoder = ENCODERS[name](home / f"{name}-checkpoint").eval()
                 folder.mkdir()
                 export_graph(Mean(encoder).eval(), {}, 16000, folder / "model.onnx")
-                write_int8(quantize(onnx.load(folder / "model.onnx"), windows())[1], folder)
+                _, int8, layers = quantize(onnx.load(folder / "model.onnx"), windows())
+                write_int8(with_float_sums(int8, [layers[GIVEN_BACK]]), folder)
             onnx.save(half(folder / SIGNED, windows()), folder / HALF)
         return folder
 
@@ -139,12 +143,21 @@ def check_int8(graph, layers):
 
     Every quantized node is in one INT8 layer. What reads one activation may share a layer, as the
     projections of an attention do. Every Q/DQ ends in an INT8 layer, but those behind a
-    convolution, which this compiler does not merge into it.
+    convolution, which this compiler does not merge into it. A layer that was given back multiplies
+    float values, whose weights alone are INT8.
     """
     scaled = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
     makers = {output: node for node in graph.node for output in node.output}
     products = [node for node in graph.node if node.op_type in QUANTIZED]
     quantized = [node for node in products if set(node.input[:2]) <= set(scaled)]
+    constants = {tensor.name for tensor in graph.initializer}
+    given_back = [
+        node
+        for node in products
+        if node not in quantized
+        and node.input[1] in scaled
+        and scaled[node.input[1]].input[0] in constants
+    ]
     int8 = [layer for layer in layers if layer.is_int8]
     assert quantized
     for node in quantized:
@@ -155,6 +168,9 @@ def check_int8(graph, layers):
     taken = {name for layer in int8 for name in layer.nodes}
     for node in products:
         assert node in quantized or node.name not in taken, f"{node.name} became INT8"
+    for node in given_back:
+        assert node.name not in taken
+        assert scaled.pop(node.input[1]).name not in taken
     for node in scaled.values():
         source = makers.get(node.input[0])
         behind = source and makers[source.input[0]]
@@ -188,6 +204,9 @@ def check_half(graph, layers):
             # Of INT8 convolutions this compiler keeps the sums in float32, and halves them after.
             sums = {"MatMul": {"Half"}, "Gemm": {"Half"}, "Conv": {"Float"}}[node.op_type]
             right = [layer.outputs for layer in held if layer.is_int8] == [sums]
+        elif node.input[1] in scaled:
+            kind = "given back"
+            right = held and all(layer.inputs == {"Half"} for layer in held)
         elif node.input[1] in constants:
             kind = "layer"
             right = node.input[1] in halves and any("Half" in layer.constants for layer in held)
@@ -222,6 +241,7 @@ def test_so_it_is_beside_half(network, name, front_end, products):
     counts = check_half(graph, layers)
     assert (counts["front end"], counts["product"]) == (front_end, products)
     assert counts["layer"] >= 1
+    assert name in EMBEDDED or counts["given back"] == 1
 
 
 STRAY = {

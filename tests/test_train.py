@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -100,6 +100,7 @@ def test_the_average_does_not_move_with_the_model():
     assert torch.equal(average.weights["weight"], before)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=300),
     batch=st.integers(1, 40),

@@ -92,7 +92,7 @@ def test_clips_on_the_processor_alone(orin, clips, capsys):
         ("file\na.wav\n", "has no clips; needed is a column 'path'"),
         ("path,emotion\na.wav,joy\n", "emotion 'joy'; allowed: calm, lively"),
         (b"\xff\xfe", "cannot be read"),
-        (None, "cannot be read"),
+        (None, r"cannot be read \(No such file or directory\)"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, text, line):

@@ -61,6 +61,8 @@ class OnnxEngine:
         # A waiting thread must not burn a core: on a robot the other processes need it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # A layer with INT8 weights that reads float values must not round these after all.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if float_arithmetic:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
