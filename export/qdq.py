@@ -110,7 +110,7 @@ def _give_unrounded(graph: onnx.GraphProto, layers: Collection[str]) -> None:
                 behind[node.output[0]] = rounded
     for node in graph.node:
         weight = sources.get(node.input[1]) if node.op_type in QUANTIZED else None
-        if node.name in layers or weight is None or not _is(weight, "Dequantize"):
+        if weight is None or not _is(weight, "Dequantize"):
             node.input[:] = [behind.get(name, name) for name in node.input]
     drop_unused(graph)
 
@@ -193,6 +193,8 @@ def drop_unused(graph: onnx.GraphProto) -> None:
 def save_with_shared_weights(models: Mapping[Path, onnx.ModelProto], least: int = 1024) -> None:
     """Write graphs whose large tensors lie once, for all of them, in `WEIGHTS` beside them.
 
+    The graphs are left as they are.
+
     Args:
         models: Graph by file; all files in one folder. Tensors of one name must be equal.
         least: Smaller tensors stay inside, in bytes.
@@ -200,7 +202,8 @@ def save_with_shared_weights(models: Mapping[Path, onnx.ModelProto], least: int 
     places: dict[str, tuple[int, bytes]] = {}
     folder = next(iter(models)).parent
     with (folder / WEIGHTS).open("wb") as stream:
-        for file, model in models.items():
+        for file, whole in models.items():
+            model = onnx.ModelProto.FromString(whole.SerializeToString())
             for tensor in model.graph.initializer:
                 raw = numpy_helper.to_array(tensor).tobytes()
                 if len(raw) < least:

@@ -375,6 +375,30 @@ def test_float_arithmetic_rounds_as_the_int8_kernels_do(tmp_path):
     assert np.abs(floats).max() > 1
 
 
+def test_a_layer_with_int8_weights_alone_does_not_round_what_it_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    weight, scale = rng.integers(-127, 128, (256, 32), np.int8), rng.uniform(0.01, 0.02, 32)
+    constants = {"weight": weight, "scale": scale.astype(np.float32), "zero": np.zeros(32, np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["wide"], axis=1),
+        helper.make_node("MatMul", ["samples", "wide"], ["logits"]),
+        helper.make_node("Identity", ["samples"], ["embedding"]),
+    ]
+    shapes = {"samples": ["N", "T"], "logits": ["N", 32], "embedding": ["N", 256]}
+    inputs, *outputs = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    )
+    arrays = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "weights", [inputs], outputs, arrays)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "w.onnx")
+    samples = rng.normal(size=(50, 256)).astype(np.float32)
+    found = OnnxEngine(tmp_path / "w.onnx").run(samples)
+    expected = samples.astype(float) @ (weight * scale)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 # The self-test
 
 

@@ -244,6 +244,32 @@ def test_tensors_of_one_name_must_be_equal(tmp_path):
         save_with_shared_weights(models)
 
 
+@pytest.mark.parametrize("turning", [True, False])
+def test_behind_attention_channels_are_turned_centred_and_evened_out_for_nothing(folder, turning):
+    model = onnx.load(folder / "graph" / "model.onnx")
+    settings = Quantize(turning=turning, gptq=False, bias_correction=False)
+    exact, _, _ = quantize(model, windows(), settings)
+    weights = {tensor.name for tensor in exact.graph.initializer}
+    producers = {output: node for node in exact.graph.node for output in node.output}
+    behind = [node for node in exact.graph.node if node.name.endswith("out_proj")]
+    for node in behind:
+        assert producers[node.input[0]].op_type == "Reshape"
+        (added,) = [one for one in exact.graph.node if node.output[0] in one.input]
+        assert f"{node.name}_bias" in added.input  # centred
+        assert f"{node.input[0]}_even_0" in weights
+        assert node.input[1].endswith("_turned") == turning
+    assert bool(behind) == any("self_attn" in node.name for node in model.graph.node)
+
+
+def test_graphs_are_left_as_they_are_when_their_weights_are_written(tmp_path):
+    tensor = numpy_helper.from_array(np.zeros(1000, np.float32), "w")
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [tensor]))
+    before = model.SerializeToString()
+    save_with_shared_weights({tmp_path / "a.onnx": model})
+    assert (tmp_path / WEIGHTS).stat().st_size == 4000
+    assert model.SerializeToString() == before
+
+
 def test_one_window_of_four_is_softer_by_up_to_36_db():
     windows = [np.full(3, 0.5, np.float32) for _ in range(40)]
     found = softened(windows)

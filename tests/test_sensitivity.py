@@ -45,19 +45,22 @@ def graphs(tmp_path_factory):
     torch.manual_seed(0)
     encoder = MelEncoder(WhisperStem(16, 8), 16, 2)
     model = Classifier(encoder, CnnHead(encoder.states, encoder.dim, 3, width=8)).eval()
+    with torch.no_grad():  # else all windows had one label
+        logits = torch.cat([model(torch.from_numpy(window)[None])[0] for window in WINDOWS])
+        model.head.members[0].classify.bias -= logits.mean(dim=0)
     export_graph(model, PROPERTIES, 16000, file)
     exact, int8, layers = quantize(onnx.load(file), WINDOWS, Quantize())
     return exact, worsened(int8, layers[3]), layers
 
 
-def worsened(int8, layer):
-    """Return a copy in which what a layer reads has a sixteenth of the steps."""
+def worsened(int8, layer, times=16):
+    """Return a copy in which the steps of what a layer reads are so many times as wide."""
     model = copy.deepcopy(int8)
     sources = {output: node for node in model.graph.node for output in node.output}
     (node,) = [node for node in model.graph.node if node.name == layer]
     name = sources[node.input[0]].input[1]
     (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
-    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(16), name))
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(times), name))
     return model
 
 
@@ -194,6 +197,16 @@ def test_as_few_layers_as_hold_the_bound_are_given_back(graphs):
     assert names == order[:1]
     assert left == apart(expected, logits_of(unsigned(one), WINDOWS))
     assert given(0.0, most=0)[:2] == (int8, [])
+
+
+def test_labels_must_stay_whatever_the_divergence(graphs):
+    exact, int8, layers = graphs
+    bad = worsened(int8, layers[3], 1e4)
+    labels = [logits_of(model, WINDOWS).argmax(axis=1) for model in (exact, unsigned(bad))]
+    assert (labels[0] != labels[1]).any()
+    for equal, expected in ((0.0, []), (1.0, [layers[3]])):
+        settings = Quantize(divergence=1e9, most_float=3, labels_equal=equal)
+        assert give_back(exact, bad, layers, WINDOWS, WINDOWS, settings)[1] == expected
 
 
 def test_a_layer_that_is_given_back_is_not_off_on_average(graphs):

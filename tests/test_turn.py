@@ -1,7 +1,7 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from export.turn import turn
 from tests.test_upstream import HEADS, SIZE, SPEECH, attention, value
@@ -39,6 +39,14 @@ def test_a_loud_channel_is_spread_over_its_head():
     assert turned[:SIZE].max() < 95
     assert turned[:SIZE].min() > 5
     assert turned[SIZE:].max() < 20
+
+
+def test_what_is_read_elsewhere_as_well_is_left_alone():
+    model = attention()
+    model.graph.node.append(helper.make_node("Abs", ["heard"], ["other"]))
+    before = onnx.ModelProto.FromString(model.SerializeToString())
+    turn(model, ["out"], SPEECH[0])
+    assert model == before
 
 
 def test_layers_that_stay_float_are_left_alone():
