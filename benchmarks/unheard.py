@@ -175,7 +175,7 @@ def _quantize(
     given_back: list[str] = []
     if settings.most_float:
         int8, given_back, *_ = give_back(exact, int8, layers, windows, judged, settings)
-    write_int8(int8, folder)
+    write_int8(int8, folder, given_back)
     (folder / GIVEN_BACK).write_text(json.dumps(given_back))
 
 

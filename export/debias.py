@@ -13,11 +13,16 @@ from onnx import numpy_helper
 from tqdm import tqdm
 
 from export.probe import Floats, tensor_values
-from export.qdq import bias_and_output, unsigned
+from export.qdq import bias_and_output
+from export.twice import x86_form
 
 
 def correct_biases(
-    fp32: onnx.ModelProto, int8: onnx.ModelProto, windows: Sequence[Floats], layers: Sequence[str]
+    fp32: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    windows: Sequence[Floats],
+    layers: Sequence[str],
+    given_back: Sequence[str] = (),
 ) -> None:
     """Correct the biases of an INT8 graph, in place.
 
@@ -26,6 +31,7 @@ def correct_biases(
         int8: The Q/DQ graph, with float biases.
         windows: Calibration speech, each of shape (T,).
         layers: Names of the quantized nodes. One without a bias is left as it is.
+        given_back: As `export.twice.x86_form` takes them.
     """
     constants = {tensor.name: tensor for tensor in int8.graph.initializer}
     places = {}
@@ -38,7 +44,8 @@ def correct_biases(
     expected = _means(fp32, axes, windows)
     # All at once would not do: each would make up for what those before it have made up for.
     for level in tqdm(levels(int8.graph, list(places)), desc="bias correction", unit="level"):
-        found = _means(unsigned(int8), {tensor: axes[tensor] for tensor in level}, windows)
+        run = x86_form(int8, given_back)
+        found = _means(run, {tensor: axes[tensor] for tensor in level}, windows)
         for tensor in level:
             bias = constants[places[tensor][0]]
             array = numpy_helper.to_array(bias) + expected[tensor] - found[tensor]

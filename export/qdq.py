@@ -82,8 +82,8 @@ def as_float(
 def with_float_sums(int8: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
     """Return a copy of a Q/DQ graph in which some layers multiply float values.
 
-    Their weights stay INT8, so that the file grows by nothing: nearly all of what INT8 costs is the
-    rounding of activations, since weights are rounded by `export.rounding`.
+    Their weights stay INT8, and the file grows by nothing. A GPU is fast at that; for processors
+    see `export.twice`.
 
     Args:
         int8: The Q/DQ graph.

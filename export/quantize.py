@@ -33,7 +33,6 @@ from export.qdq import (
     drop_unused,
     float_nodes,
     save_with_shared_weights,
-    unsigned,
     with_float_sums,
 )
 from export.recipe import Quantize
@@ -47,6 +46,7 @@ from export.sensitivity import (
 )
 from export.smooth import even_out
 from export.turn import turn
+from export.twice import x86_form
 
 ROUNDING_WINDOWS = 128
 DEBIAS_WINDOWS = 48  # each level's turn runs all of them
@@ -160,10 +160,20 @@ def calibrate(
         return onnx.load(signed)
 
 
-def write_int8(int8: onnx.ModelProto, folder: Path) -> None:
-    """Write a signed Q/DQ graph as a bundle has it: in both forms, and the weights of both."""
+def write_int8(int8: onnx.ModelProto, folder: Path, given_back: Sequence[str] = ()) -> None:
+    """Write a signed Q/DQ graph as a bundle has it: in both forms, and the weights of both.
+
+    Args:
+        int8: The graph.
+        folder: Takes the files.
+        given_back: Layers that multiply float values in the signed form, and values of two parts in
+            that for x86.
+    """
     save_with_shared_weights(
-        {folder / "model_int8.onnx": int8, folder / "model_int8_x86.onnx": unsigned(int8)}
+        {
+            folder / "model_int8.onnx": with_float_sums(int8, given_back),
+            folder / "model_int8_x86.onnx": x86_form(int8, given_back),
+        }
     )
 
 
@@ -175,7 +185,7 @@ def give_back(
     judged: Sequence[Floats],
     settings: Quantize,
 ) -> tuple[onnx.ModelProto, list[str], dict[str, float], dict[str, float]]:
-    """Let layers multiply float values until judged windows are answered alike.
+    """Let layers read what is not rounded until judged windows are answered alike.
 
     Args:
         exact: Full precision.
@@ -186,28 +196,27 @@ def give_back(
         settings: The recipe's.
 
     Returns:
-        The signed Q/DQ graph, with as few such layers as hold the bounds, or all that the recipe
-        allows; their names; what the rounding of each layer costs alone, see `walk`; and what is
-        left of the cost, see `apart`.
+        The signed Q/DQ graph, its biases those for these layers; their names, as few as hold the
+        bounds, or as many as the recipe allows; what the rounding of each layer costs alone, see
+        `walk`; and what is left of the cost, see `apart`.
     """
     alone = walk(exact, int8, layers, _some(judged))
     expected = logits_of(exact, judged)
     heard = softened(windows)[:DEBIAS_WINDOWS]
     given_back: list[str] = []
-    chosen = int8
+    chosen = onnx.ModelProto.FromString(int8.SerializeToString())
     for layer in [*order_to_give_back(int8, alone)[: settings.most_float], None]:
-        left = apart(expected, logits_of(unsigned(chosen), judged))
+        left = apart(expected, logits_of(x86_form(chosen, given_back), judged))
         tqdm.write(
-            f"quantize: with {len(given_back)} more float layers {left['labels_equal']:.1%} of the "
+            f"quantize: with {len(given_back)} layers given back {left['labels_equal']:.1%} of the "
             f"judged windows keep their label, answers are {left['divergence']:.1e} nats apart"
         )
         held = left["labels_equal"] >= settings.labels_equal
         if layer is None or (held and left["divergence"] <= settings.divergence):
             break
-        chosen = with_float_sums(chosen, [layer])
-        if settings.bias_correction:
-            correct_biases(exact, chosen, heard, [layer])
         given_back.append(layer)
+        if settings.bias_correction:
+            correct_biases(exact, chosen, heard, [layer], given_back)
     return chosen, given_back, alone, left
 
 
@@ -224,8 +233,8 @@ def make_int8(
 ) -> None:
     """The stage: INT8 graphs, full precision, both in half, and ``quantization.json``.
 
-    As long as the judged windows are answered too differently, one layer more multiplies float
-    values, see `export.sensitivity.order_to_give_back`. A head that was trained again on all
+    As long as the judged windows are answered too differently, one layer more no longer rounds what
+    it reads, see `export.sensitivity.order_to_give_back`. A head that was trained again on all
     speakers has heard those of the validation, and its labels on them are safer than on others; so
     the divergence of the answers is looked at as well.
 
@@ -239,7 +248,7 @@ def make_int8(
     model = onnx.load(graph / "model.onnx")
     exact, int8, layers = quantize(model, windows, settings)
     chosen, given_back, alone, left = give_back(exact, int8, layers, windows, judged, settings)
-    write_int8(chosen, folder)
+    write_int8(chosen, folder, given_back)
     some = _some(judged)
     reasons = {name: f"alone {alone[name]:.1e} nats; weights INT8" for name in given_back}
     found = {

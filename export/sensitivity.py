@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from export import metrics
 from export.probe import Floats, session_of
-from export.qdq import as_float, unsigned, with_float_sums
+from export.qdq import as_float, unsigned
+from export.twice import x86_form
 
 FRONT = (0, 1, 2, 4, 8)
 """Float layers of the graphs that are compared."""
@@ -103,7 +104,7 @@ def front(
         precision takes.
     """
     counts = sorted(count for count in {*FRONT, chosen} if count < len(worst))
-    models = [unsigned(with_float_sums(int8, worst[:count])) for count in counts]
+    models = [x86_form(int8, worst[:count]) for count in counts]
     sessions = [session_of(model) for model in (*models, exact)]
     answers: list[list[Logits]] = [[] for _ in sessions]
     taken: list[list[float]] = [[] for _ in sessions]
