@@ -149,7 +149,7 @@ def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
 
 
 def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:
-    """Draw what more float layers would give and cost."""
+    """Draw what more layers given back would gain and cost."""
     rows = certificate["quantization"]["front"][:-1]  # the last is full precision
     axis.plot([row["time"] for row in rows], [row["divergence"] for row in rows], marker="o")
     for row in rows:
@@ -158,4 +158,4 @@ def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("time, full precision is 1")
     axis.set_ylabel("divergence of the answers, nats")
-    axis.set_title("With more float layers")
+    axis.set_title("With more layers given back")

@@ -130,7 +130,7 @@ class Quantize:
         bias_correction: Whether biases make up for shifted means (see `export.debias`).
         labels_equal: Share of the judged windows that must keep their label.
         divergence: Largest mean divergence of their answers from full precision, in nats.
-        most_float: How many layers may stay float to hold both.
+        most_float: How many layers may read what is not rounded, to hold both.
     """
 
     smoothing: float = 0.85

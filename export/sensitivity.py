@@ -52,7 +52,7 @@ def order_to_give_back(int8: onnx.ModelProto, alone: Mapping[str, float]) -> lis
     """Return layers in the order in which they should no longer round what they read.
 
     First come those that cost more than the mean layer, the one with the fewest weights for its
-    cost before all: a float layer takes the longer the more weights it has. Then come the others.
+    cost before all: what a layer takes grows with its weights. Then come the others.
 
     Args:
         int8: The Q/DQ graph.
@@ -89,7 +89,7 @@ def front(
     windows: Sequence[Floats],
     chosen: int = 0,
 ) -> list[dict[str, Any]]:
-    """Compare graphs with ever more float layers, and full precision.
+    """Compare graphs with ever more layers given back, and full precision.
 
     Args:
         exact: Full precision.
