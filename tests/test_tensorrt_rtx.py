@@ -34,7 +34,7 @@ def wavlm(folder):
     return load_wav2vec2(str(folder), None, 1, 1)
 
 
-GIVEN_BACK = 2
+GIVEN_BACK = -1
 """The layer of those that is given back: its weights alone are INT8."""
 
 ENCODERS = {"wav": lambda _: WavEncoder(32, 1), "wavlm": wavlm}
