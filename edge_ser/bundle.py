@@ -116,7 +116,7 @@ class Bundle:
         return graph
 
     def gpu_graph(self, precision: str = "int8") -> tuple[Path, list[str]]:
-        """Return the graph for TensorRT, and the SHA-256 of it and of the weights that it reads.
+        """Return the graph for a GPU, and the SHA-256 of it and of the weights that it reads.
 
         Args:
             precision: ``"int8"``, ``"fp16"`` or ``"fp32"``.

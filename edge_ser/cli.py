@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edge_ser import __version__
-from edge_ser.bundle import GPU_GRAPHS, Bundle
+from edge_ser.arguments import parser
+from edge_ser.bundle import Bundle
 from edge_ser.errors import EdgeSerError
 from edge_ser.recognizer import Recognizer
 from edge_ser.samples import sample_paths
@@ -26,22 +26,13 @@ if TYPE_CHECKING:
     from edge_ser.power import Energy
     from edge_ser.speaker import Speaker
 
+_RAW = "-t raw -f S16_LE -c 1"
 _NOT_CERTIFIED = "INT8 answers too often otherwise than full precision; see certificate.json"
-
-_EXAMPLES = """examples:
-  edge-ser predict --sample              classify the clips that come with the package
-  edge-ser predict a.wav b.flac --json   one JSON object a line
-  edge-ser predict a.wav --bundle tiny   the small model; or the folder of your own
-  edge-ser predict 1.wav 2.wav --speaker anna.json   one speaker, learned from file to file
-  edge-ser verify                        is the model complete, and right on this processor?
-  edge-ser build --batch 1,8 --window 1,3     TensorRT engines, before a robot needs them
-  edge-ser bench --threads 1             how fast is it here?
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    args = _parser().parse_args(argv)
+    args = parser(_VERBS).parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -106,6 +97,26 @@ def _speaker(args: argparse.Namespace, recognizer: Recognizer) -> Speaker | None
     speaker = recognizer.adapt(args.speaker if os.path.exists(args.speaker) else None)
     speaker.save(args.speaker)  # a place that cannot be written is refused before any work
     return speaker
+
+
+def _listen(args: argparse.Namespace) -> int:
+    from edge_ser.live import listen
+
+    if args.source != "-":
+        args.usage(f"SOURCE is {args.source!r}; allowed: - (raw samples on the standard input)")
+    rate = Bundle.open(args.bundle).metadata.sample_rate_hz
+    if sys.stdin.isatty():
+        args.usage(f"no audio comes in; for one: arecord -q {_RAW} -r {rate} | edge-ser listen -")
+    recognizer = _load(args)
+    label_width = max(map(len, recognizer.metadata.labels))
+    for event, latency_ms in listen(recognizer, sys.stdin.buffer):
+        if args.json:
+            print(json.dumps({**event.to_json(), "latency_ms": round(latency_ms, 2)}), flush=True)
+        else:
+            doubt = "  uncertain" if event.uncertain else ""
+            answer = f"{event.label:{label_width}}  {event.confidence:6.1%}{doubt}"
+            print(f"{event.start_s:8.2f} to {event.end_s:8.2f} s  {answer}", flush=True)
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -269,107 +280,7 @@ def _complain(line: str, debug: bool) -> None:
     print(f"edge-ser: {line}", file=sys.stderr, flush=True)
 
 
-def _at_least(kind: type, least: float) -> Any:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < float("inf"):
-            whole = "a whole number, " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r}; allowed: {whole}{least:g} or more")
-        return value
-
-    return parse
-
-
-def _list_of(kind: type, least: float) -> Any:
-    parse = _at_least(kind, least)
-    return lambda text: [parse(part) for part in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="edge-ser",
-        description="Speech emotion recognition on the device.",
-        epilog=_EXAMPLES,
-        formatter_class=formatter,
-    )
-    parser.add_argument("--version", action="version", version=f"edge-ser {__version__}")
-    every = argparse.ArgumentParser(add_help=False)
-    every.add_argument(
-        "--bundle", default="default", metavar="NAME|DIR", help="embedded model or folder (default)"
-    )
-    every.add_argument("--json", action="store_true", help="print JSON")
-    every.add_argument("--debug", action="store_true", help="print tracebacks as well")
-    engine = argparse.ArgumentParser(add_help=False)
-    which = argparse.ArgumentParser(add_help=False)
-    which.add_argument(
-        "--engine", choices=("onnx", "tensorrt"), default="onnx", help="what computes (onnx)"
-    )
-    engine.add_argument(
-        "--precision",
-        choices=tuple(GPU_GRAPHS),
-        default="int8",
-        help="int8 (default) or fp32; fp16 with TensorRT",
-    )
-    engine.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of ONNX Runtime (cpu)"
-    )
-    engine.add_argument(
-        "--threads", type=_at_least(int, 1), metavar="N", help="default: one a core"
-    )
-    engine.add_argument(
-        "--fallback",
-        choices=("onnx",),
-        help="go on with this one, on the processor, where TensorRT fails; it is said when it does",
-    )
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-
-    def verb(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> Any:
-        added = verbs.add_parser(
-            name, help=text, description=text, parents=[*parents, every], epilog=_EXAMPLES,
-            formatter_class=formatter,
-        )  # fmt: skip
-        added.set_defaults(run=run, usage=added.error)
-        return added
-
-    predict = verb("predict", _predict, "Name the emotion of audio files.", which, engine)
-    predict.add_argument("files", nargs="*", metavar="FILE", help="WAV, FLAC, Ogg, MP3, AIFF, AU")
-    predict.add_argument(
-        "--sample", action="store_true", help="the clips that come with the package"
-    )
-    predict.add_argument(
-        "--speaker",
-        metavar="FILE",
-        help="all files are of one speaker: adapt to him; what is learned is kept in FILE (numbers "
-        "only), and used again when FILE is there",
-    )
-    verb("info", _info, "Show what a bundle is.")
-    verify = verb("verify", _verify, "Check a bundle: hashes, labels, self-test.", which)
-    verify.add_argument(
-        "--manifest",
-        metavar="CSV",
-        help="ask for your own clips as well: columns path, and emotion if known; those of "
-        "TensorRT are compared with those of the processor",
-    )
-    build = verb("build", _build, "Build the TensorRT engines of a bundle ahead of their use.")
-    build.add_argument(
-        "--precision", choices=tuple(GPU_GRAPHS), default="int8", help="of the graph (int8)"
-    )
-    build.add_argument(
-        "--batch", type=_list_of(int, 1), default=[1], metavar="N,N", help="windows at once (1)"
-    )
-    build.add_argument(
-        "--window", type=_list_of(float, 0.4), metavar="S,S", help="seconds (the bundle's)"
-    )
-    bench = verb("bench", _bench, "Measure latency and memory here.", which, engine)
-    bench.add_argument("--seconds", type=_at_least(float, 0.4), default=3.0, help="of audio (3)")
-    bench.add_argument("--runs", type=_at_least(int, 1), default=200, help="measured runs (200)")
-    bench.add_argument(
-        "--energy",
-        action="store_true",
-        help="joules of a run as well: by tegrastats, NVML or RAPL, above idling",
-    )
-    return parser
+_VERBS = {
+    "predict": _predict, "listen": _listen, "info": _info, "verify": _verify, "build": _build,
+    "bench": _bench,
+}  # fmt: skip

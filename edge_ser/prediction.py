@@ -50,3 +50,32 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """Return the same as plain dicts and lists, ready for ``json.dumps``."""
         return {**asdict(self), "windows": [asdict(window) for window in self.windows]}
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """The answer for one window of audio that arrives.
+
+    Attributes:
+        start_s: Where the window begins, in seconds of audio since the stream began.
+        end_s: Where it ends; only the last one may be shorter than the others.
+        label: The most probable label.
+        confidence: Its probability, 0 to 1.
+        uncertain: Whether the confidence is below the bundle's threshold.
+        probs: The probability of every label; they sum to 1.
+        device: The device that computed it, e.g. ``"cpu"``.
+        graph: The graph that computed it, e.g. ``"model_int8_x86.onnx"``.
+    """
+
+    start_s: float
+    end_s: float
+    label: str
+    confidence: float
+    uncertain: bool
+    probs: dict[str, float]
+    device: str
+    graph: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the same as a plain dict, ready for ``json.dumps``."""
+        return asdict(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from edge_ser.bundle import ADAPTATION, Bundle, Metadata
 from edge_ser.engines.base import Engine
 from edge_ser.errors import BundleError, EngineError
 from edge_ser.prediction import Prediction, Window
+from edge_ser.windows import windows
 
 if TYPE_CHECKING:
     from edge_ser.speaker import Speaker
@@ -62,9 +63,9 @@ class Recognizer:
         Args:
             bundle: The name of an embedded bundle (``"default"``, ``"tiny"``), or a folder.
             engine: ``"onnx"``, or ``"tensorrt"`` on a GPU of NVIDIA.
-            precision: ``"int8"`` or ``"fp32"``; of TensorRT also ``"fp16"``.
+            precision: ``"int8"`` or ``"fp32"``; on a GPU also ``"fp16"``.
             threads: How many threads compute, 1 or more; None means one for each core.
-            device: Of ONNX Runtime: ``"cpu"``, or ``"cuda"`` (fp32 only).
+            device: Of ONNX Runtime: ``"cpu"``, ``"cuda"`` (no INT8) or ``"tensorrt"``.
             fallback: ``"onnx"``: where TensorRT fails, the processor goes on, and the log says so.
 
         Raises:
@@ -159,15 +160,23 @@ class Recognizer:
         spans, logits = [], []
         blocks = audio_input.blocks(audio, sample_rate_hz, rate_hz=rate)
         for start, samples in windows(blocks, window, hop):
-            logits.append(self.engine.run(samples[np.newaxis])[0])  # (1, T) -> (C,)
+            logits.append(self.run_window(samples))
             spans.append((start / rate, (start + len(samples)) / rate))
-        stacked = np.array(logits)
-        if not np.isfinite(stacked).all():
+        return spans, np.array(logits)
+
+    def run_window(self, samples: Samples) -> NDArray[np.float32]:
+        """Return the raw logits (C,) of one window, float32 (T,) at the bundle's rate, T >= 0.4 s.
+
+        Raises:
+            EngineError: The graph failed.
+        """
+        logits: NDArray[np.float32] = self.engine.run(samples[np.newaxis])[0]  # (1, T) -> (C,)
+        if not np.isfinite(logits).all():
             graph = self.engine.graph
             raise EngineError(
                 f"{graph} returned NaN or infinity; is the audio far louder than 1.0?"
             )
-        return spans, stacked
+        return logits
 
     def _best(self, probs: NDArray[np.float64]) -> tuple[str, float, dict[str, float]]:
         """Return the label, its probability, and all of them by label."""
@@ -175,21 +184,6 @@ class Recognizer:
         best = int(probs.argmax())
         labels = self.metadata.labels
         return labels[best], values[best], dict(zip(labels, values, strict=True))
-
-
-def windows(blocks: Iterable[Samples], window: int, hop: int) -> Iterator[tuple[int, Samples]]:
-    """Yield the windows of a clip that arrives in blocks of any size, each with its first sample.
-
-    They start at 0, hop, 2 hop, ... until one reaches the end; that one may be shorter. All sizes
-    are in samples.
-    """
-    start, held = 0, np.empty(0, np.float32)
-    for block in blocks:
-        held = np.concatenate([held, block]) if len(held) else block
-        while len(held) > window:  # more follows, so this window is not the last
-            yield start, held[:window]
-            start, held = start + hop, held[hop:]
-    yield start, held
 
 
 def probabilities(logits: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:

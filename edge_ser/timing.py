@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_ser.audio import Samples
-from edge_ser.recognizer import Recognizer, windows
+from edge_ser.recognizer import Recognizer
+from edge_ser.windows import windows
 
 CONFIDENCE = 0.99
 WARM_UP = 3  # runs that are not counted

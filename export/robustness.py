@@ -16,7 +16,7 @@ import scipy.signal
 import torch
 from tqdm import tqdm
 
-from edge_ser.recognizer import windows
+from edge_ser.windows import windows
 from export import metrics
 from export.confidence import clip_probs
 from export.corpora import Clip, read_samples

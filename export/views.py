@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from edge_ser.recognizer import windows
+from edge_ser.windows import windows
 from export.augment import Augmentation, augment
 from export.corpora import Clip, read_samples
 from export.nonspeech import KINDS, sound

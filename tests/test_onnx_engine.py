@@ -88,7 +88,7 @@ def test_without_onnxruntime_the_line_holds_the_pip_command(folder, monkeypatch)
 def test_an_unknown_device(folder):
     with pytest.raises(DeviceError) as error:
         OnnxEngine(folder / "model.onnx", device="npu")
-    assert str(error.value) == "device is 'npu'; allowed: cpu, cuda"
+    assert str(error.value) == "device is 'npu'; allowed: cpu, cuda, tensorrt"
 
 
 def test_cuda_without_its_provider_names_those_there_are(folder):
@@ -108,7 +108,7 @@ def test_int8_on_cuda_is_refused(folder):
         open_onnx(Bundle.open(folder), device="cuda")
     assert str(error.value) == (
         "precision 'int8' on device 'cuda': ONNX Runtime would send it back to the CPU; "
-        "use fp32 on cuda, or int8 on cpu"
+        "use fp16 or fp32 on cuda, or int8 on cpu or tensorrt"
     )
 
 

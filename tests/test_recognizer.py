@@ -36,32 +36,6 @@ def clip(seconds, rate=RATE):
 # Windows
 
 
-def starts_by_definition(length, window, hop):
-    starts = [0]
-    while starts[-1] + window < length:
-        starts.append(starts[-1] + hop)
-    return starts
-
-
-@given(
-    length=st.integers(1, 500),
-    hop=st.integers(1, 50),
-    overlap=st.integers(1, 50),
-    sizes=st.lists(st.integers(1, 100), min_size=1),
-)
-def test_windows_cover_every_sample_whatever_the_blocks(length, hop, overlap, sizes):
-    window = hop + overlap
-    samples = np.arange(length, dtype=np.float32)
-    cuts = np.cumsum(sizes)
-    blocks = [block for block in np.split(samples, cuts[cuts < length]) if len(block)]
-    found = list(recognizer.windows(blocks, window, hop))
-    assert [start for start, _ in found] == starts_by_definition(length, window, hop)
-    for start, taken in found:
-        np.testing.assert_array_equal(taken, samples[start : start + window])
-    assert found[-1][0] + len(found[-1][1]) == length
-    assert len(found[-1][1]) > overlap or len(found) == 1
-
-
 @pytest.mark.parametrize(
     ("seconds", "spans"),
     [

@@ -30,7 +30,7 @@ def open_engine(
             not built here before.
         precision: ``"int8"`` or ``"fp32"``; of TensorRT also ``"fp16"``.
         threads: See `OnnxEngine`.
-        device: See `OnnxEngine`; ``"cuda"`` runs fp32 only.
+        device: See `OnnxEngine`; ``"cuda"`` runs no INT8.
         fallback: ``"onnx"``: where TensorRT fails, at the start or later, ONNX Runtime goes on
             with INT8 on the processor, and the log says so; None: it is an error.
 
@@ -76,9 +76,9 @@ def open_onnx(
 
     Args:
         bundle: The bundle.
-        precision: ``"int8"`` or ``"fp32"``.
+        precision: ``"int8"`` or ``"fp32"``; on a GPU also ``"fp16"``.
         threads: See `OnnxEngine`.
-        device: See `OnnxEngine`; ``"cuda"`` runs fp32 only.
+        device: See `OnnxEngine`; ``"cuda"`` runs no INT8.
         vnni: Whether the processor has VNNI; None means to look.
 
     Raises:
@@ -90,10 +90,10 @@ def open_onnx(
     if precision == "int8" and device == "cuda":
         raise DeviceError(
             "precision 'int8' on device 'cuda': ONNX Runtime would send it back to the CPU; "
-            "use fp32 on cuda, or int8 on cpu"
+            "use fp16 or fp32 on cuda, or int8 on cpu or tensorrt"
         )
-    graph = bundle.graph(precision)
-    engine = OnnxEngine(graph, threads=threads, device=device)
+    graph = bundle.graph(precision) if device == "cpu" else bundle.gpu_graph(precision)[0]
+    engine = OnnxEngine(graph, threads=threads, device=device, precision=precision)
     _check_against(bundle, graph, engine)
     if graph.name != X86_GRAPH or (has_vnni() if vnni is None else vnni):
         return engine

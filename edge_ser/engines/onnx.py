@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_ser.engines.providers import PROVIDERS, providers, require_placement, watch_placement
 from edge_ser.errors import BundleError, DeviceError, EngineError, MissingDependency
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxEngine:
     """Runs an ONNX graph: input ``samples`` (N, T), outputs ``logits`` (N, C) and ``embedding``.
 
     Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``.
         graph: The name of the file, with ``" (float)"`` behind it when its INT8 layers run so.
         classes: C, how many logits a window has.
         properties: The graph's ``metadata_props``.
@@ -29,6 +28,7 @@ class OnnxEngine:
         *,
         threads: int | None = None,
         device: str = "cpu",
+        precision: str = "int8",
         float_arithmetic: bool = False,
     ) -> None:
         """Open a graph.
@@ -36,12 +36,13 @@ class OnnxEngine:
         Args:
             graph: The ONNX file. Its weights may lie in files beside it.
             threads: How many threads compute, 1 or more; None means one for each core.
-            device: ``"cpu"`` or ``"cuda"``.
+            device: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``, all of them of ONNX Runtime.
+            precision: Of the graph; the provider of TensorRT asks.
             float_arithmetic: Compute quantized layers in float: the same rounding, no INT8 kernels.
 
         Raises:
             BundleError: The graph cannot be opened, or has other inputs or outputs.
-            DeviceError: The device is not there.
+            DeviceError: The device is not there, or would leave layers to the processor.
             EngineError: ``threads`` is not allowed.
             MissingDependency: ONNX Runtime is not installed.
         """
@@ -54,7 +55,8 @@ class OnnxEngine:
             raise EngineError(
                 f"threads is {threads!r}; allowed: 1 or more, or None for one per core"
             )
-        provider = _provider(device, onnxruntime.get_available_providers())
+        available = onnxruntime.get_available_providers()
+        chosen = providers(device, available, precision=precision)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what fails arrives as an exception, once
         options.intra_op_num_threads = threads or 0
@@ -63,16 +65,21 @@ class OnnxEngine:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # A layer with INT8 weights that reads float values must not round these after all.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if device != "cpu":
+            watch_placement(options, onnxruntime.InferenceSession)
         if float_arithmetic:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = onnxruntime.InferenceSession(
-                str(graph), options, providers=[provider], enable_fallback=0
+                str(graph), options, providers=chosen, enable_fallback=0
             )
         except Exception as exc:  # ONNX Runtime's exceptions share no other base
             raise BundleError(f"{str(graph)!r} cannot be opened: {_first_line(exc)}") from exc
-        if self._session.get_providers()[0] != provider:
-            raise DeviceError(f"ONNX Runtime could not start {provider}; check its libraries")
+        first = PROVIDERS[device][0]
+        if self._session.get_providers()[0] != first:
+            raise DeviceError(f"ONNX Runtime could not start {first}; check its libraries")
+        if device != "cpu":
+            require_placement(self._session, device)
         self.device = device
         self.graph = f"{graph.name} (float)" if float_arithmetic else graph.name
         self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -109,18 +116,6 @@ class OnnxEngine:
     def close(self) -> None:
         """Release the session; see `Engine`."""
         del self._session
-
-
-def _provider(device: str, available: list[str]) -> str:
-    """Return ONNX Runtime's name for a device that is there."""
-    if device not in _PROVIDERS:
-        raise DeviceError(f"device is {device!r}; allowed: {', '.join(_PROVIDERS)}")
-    if _PROVIDERS[device] not in available:
-        raise DeviceError(
-            f"device {device!r} needs {_PROVIDERS[device]}, this ONNX Runtime has "
-            f'{", ".join(available)}; use cpu, or pip install "edge-ser[gpu]"'
-        )
-    return _PROVIDERS[device]
 
 
 def _first_line(exc: Exception) -> str:
