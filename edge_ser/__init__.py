@@ -13,8 +13,9 @@ from edge_ser.errors import (
     EngineError,
     MissingDependency,
 )
-from edge_ser.prediction import Prediction, Window
+from edge_ser.prediction import Prediction, StreamEvent, Window
 from edge_ser.recognizer import Recognizer
+from edge_ser.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,7 @@ __all__ = [
     "MissingDependency",
     "Prediction",
     "Recognizer",
+    "Stream",
+    "StreamEvent",
     "Window",
 ]

@@ -3,10 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_ser import AudioError, EngineError, Recognizer
+from edge_ser import AudioError, EngineError, Recognizer, Stream
 from edge_ser.bundle import Bundle
 from edge_ser.samples import sample_paths
-from edge_ser.stream import Stream
 from edge_ser.testing import FakeEngine, make_bundle
 
 RATE = 16_000
