@@ -142,9 +142,13 @@ def _peers(args: argparse.Namespace) -> None:
 
 def _accuracy(args: argparse.Namespace) -> None:
     from benchmarks.accuracy import accuracy_markdown, measure
+    from benchmarks.unheard import PEERS
 
     places = (args.recipe, args.corpora, args.weights, args.out)
-    result = measure(*places, args.seed, args.variants)
+    tools = PEERS if args.tools is None else args.tools.split(",")
+    if unknown := [name for name in tools if name not in PEERS]:
+        args.usage(f"argument --tools: {unknown[0]!r}; allowed: {', '.join(PEERS)}")
+    result = measure(*places, args.seed, args.variants, tools)
     _show(args, result, accuracy_markdown, accuracy_plot)
 
 
@@ -218,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Ask every clip of a head that has not heard its speaker, in full precision and INT8."
     accuracy = verbs.add_parser("accuracy", help=about, description=about, epilog=_ACCURACY, **raw)
-    accuracy.set_defaults(run=_accuracy)
+    accuracy.set_defaults(run=_accuracy, usage=accuracy.error)
 
     about = "Teach a wav2vec2-base what the layers of Whisper make of speech, to measure it."
     match = verbs.add_parser("match", help=about, description=about, epilog=_MATCH, **raw)
@@ -266,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     option(accuracy, "--seed", int, 0, "N", "of the run (0)")
     text = "variants of the recipe's [quantize], in place of other tools"
     option(accuracy, "--variants", _existing, None, "FILE", text)
+    text = "which other tools, such as onnxruntime_dynamic (all that are known)"
+    option(accuracy, "--tools", str, None, "NAME,NAME", text)
     for verb, runs in ((latency, 100), (peers, 30)):
         option(verb, "--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.unheard import AS_IT_IS, FP32, OURS, answer, parts
+from benchmarks.unheard import AS_IT_IS, FP32, OURS, PEERS, answer, parts
 from export import metrics
 from export.corpora import Clip
 from export.errors import RecipeError
@@ -40,6 +40,7 @@ def measure(
     out: Path,
     seed: int,
     variants: Path | None = None,
+    tools: Sequence[str] = PEERS,
 ) -> dict[str, Any]:
     """Compare graphs with full precision.
 
@@ -51,6 +52,7 @@ def measure(
         seed: Of the run.
         variants: A file of variants of the recipe's [quantize]. They take the place of the other
             tools, and answer for clips as they are only.
+        tools: The other tools, of `PEERS`.
 
     Returns:
         The JSON object that `table` shows.
@@ -71,11 +73,13 @@ def measure(
         settings = {name: one.quantize for name, one in read_variants(variants)[1].items()}
         home = run.folder / f"accuracy-{variants.stem}"
     asked = parts(run.speech, trained)
-    ask = partial(answer, run.speech, weights, temperature, settings, variants is None)
+    ask = partial(answer, run.speech, weights, temperature, settings, None if variants else tools)
     with workers() as pool:
         started = [pool.submit(ask, part, home / part.head.name) for part in asked]
         found = [job.result() for job in tqdm(started, desc="heads", unit="head")]
     words = f" --variants {variants.name}" if variants else ""
+    if not variants and tuple(tools) != PEERS:
+        words = f" --tools {','.join(tools)}"
     return {
         "schema": 1,
         "benchmark": "accuracy",

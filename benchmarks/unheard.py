@@ -95,7 +95,7 @@ def answer(
     weights: Path | None,
     temperature: float,
     settings: Mapping[str, Quantize],
-    peers: bool,
+    tools: Sequence[str] | None,
     part: Part,
     folder: Path,
 ) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def answer(
         weights: Folder of pretrained checkpoints.
         temperature: Of the answers.
         settings: How INT8 is made, by the name of the system.
-        peers: Whether other tools quantize as well, and conditions are more than clips as they are.
+        tools: Which of `PEERS` quantize as well; None also leaves out all conditions but clips as
+            they are.
         part: The head, and whom to ask.
         folder: Takes a folder a graph, and ``answers``.
 
@@ -132,7 +133,7 @@ def answer(
     windows = [np.resize(window, round(PEER_S * RATE_HZ)) for window in calibration]
     windows = windows[:: -(-len(windows) // PEER_WINDOWS)]
     for tool in QUANTIZERS:
-        if not peers or tool.name not in PEERS:
+        if tool.name not in (tools or ()):
             continue
         (row, (file, _)), *_ = tool.rows.items()
         make = partial(in_child, run_quantizer, tool, files[FP32], windows)
@@ -147,8 +148,8 @@ def answer(
         home = folder / f"answers of {name}"
         graph = sorted(part for part in file.parent.iterdir() if part.name != KEY_FILE)
         reads = {"graph": fingerprint(graph), "asked": temperature}
-        make = partial(_ask, speech, temperature, part, name, file, peers)
-        run_stage(home, {**reads, "conditions": peers}, make)
+        make = partial(_ask, speech, temperature, part, name, file, tools is not None)
+        run_stage(home, {**reads, "conditions": tools is not None}, make)
         answered[name] = {
             condition: json.loads((home / f"{condition}.json").read_text())
             for condition in json.loads((home / CONDITIONS).read_text())

@@ -26,16 +26,28 @@ def tensor_values(
     """
     if not names:
         return
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    graph = probed.graph
-    nodes = computing(graph, names)  # ONNX Runtime would compute all the others as well
-    del graph.node[:], graph.output[:]
-    graph.node.extend(nodes)
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = session_of(probed)
+    session = session_of(up_to(model, names))
     for window in windows:
         values = session.run(list(names), {"samples": window[None]})
         yield dict(zip(names, values, strict=True))
+
+
+def up_to(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return the part of a graph that tensors depend on; they are its outputs.
+
+    ONNX Runtime would compute all the rest as well, and hold its weights.
+    """
+    part = onnx.ModelProto(ir_version=model.ir_version)
+    part.opset_import.extend(model.opset_import)
+    part.functions.extend(model.functions)
+    graph = part.graph
+    graph.name = model.graph.name
+    graph.input.extend(model.graph.input)
+    graph.node.extend(computing(model.graph, names))
+    needed = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(one for one in model.graph.initializer if one.name in needed)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return part
 
 
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -6,7 +6,7 @@ each, as far as their inputs go along with its input. On Whisper-base this lower
 INT8 weights make at the output of a layer 2 to 20 times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from onnx import numpy_helper
 from export.probe import Floats, tensor_values
 
 DAMPING = 0.01  # of the mean of the diagonal, the paper's; keeps the inverse stable
+HELD_BYTES = (
+    2 << 30
+)  # a graph of 315 million parameters asks for 4e9, and is run once for each part
 BLOCK = 128  # rows between two updates of all that follow: speed only
 
 
@@ -34,16 +37,38 @@ def round_weights(
     constants = {tensor.name: tensor for tensor in int8.graph.initializer}
     scaled = {n.output[0]: n for n in int8.graph.node if n.op_type == "DequantizeLinear"}
     products = [n for n in fp32.graph.node if n.name in set(layers) and n.op_type == "MatMul"]
-    moments = second_moments(fp32, sorted({node.input[0] for node in products}), windows)
+    inputs = {node.input[0]: exact[node.input[1]].dims[0] for node in products}
     rounded = {node.name: node for node in int8.graph.node}
-    for node in products:
-        weights, scale, _ = scaled[rounded[node.name].input[1]].input
-        found = round_rows(
-            numpy_helper.to_array(exact[node.input[1]]),
-            numpy_helper.to_array(constants[scale]),
-            moments[node.input[0]],
-        )
-        constants[weights].CopyFrom(numpy_helper.from_array(found, weights))
+    for names in held_at_once(inputs):
+        moments = second_moments(fp32, names, windows)
+        for node in products:
+            if node.input[0] not in moments:
+                continue
+            weights, scale, _ = scaled[rounded[node.name].input[1]].input
+            found = round_rows(
+                numpy_helper.to_array(exact[node.input[1]]),
+                numpy_helper.to_array(constants[scale]),
+                moments[node.input[0]],
+            )
+            constants[weights].CopyFrom(numpy_helper.from_array(found, weights))
+
+
+def held_at_once(inputs: Mapping[str, int]) -> list[list[str]]:
+    """Return tensors in groups, in their order, whose moments fit into `HELD_BYTES` together.
+
+    Args:
+        inputs: Channels D by tensor; the moments of one are D * D numbers of 8 bytes.
+    """
+    groups: list[list[str]] = []
+    left = 0
+    for name, channels in inputs.items():
+        size = 8 * channels**2
+        if not groups or size > left:
+            groups.append([])
+            left = HELD_BYTES
+        groups[-1].append(name)
+        left -= size
+    return groups
 
 
 def second_moments(

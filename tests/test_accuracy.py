@@ -4,6 +4,7 @@ from PIL import Image
 from scipy.stats import entropy
 from sklearn.metrics import recall_score
 
+from benchmarks.__main__ import main
 from benchmarks.accuracy import EQUAL, accuracy_markdown, holds, rows
 from benchmarks.report import accuracy_plot
 from benchmarks.unheard import AS_IT_IS, FP32, OURS, parts
@@ -120,3 +121,14 @@ def test_every_clip_is_asked_once_of_a_head_that_knows_nothing_of_its_speaker(tm
         assert not speakers(part.calibration) & (away | speakers(speech.split.test))
         assert not speakers(part.judged) & (away | speakers(speech.split.test))
         assert not set(part.calibration) & set(part.judged)
+
+
+def test_a_tool_that_is_not_known_is_refused(tmp_path, capsys):
+    places = ["--corpora", str(tmp_path), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as status:
+        main(["accuracy", str(tmp_path), *places, "--tools", "onnxruntime_dynamic,magic"])
+    assert status.value.code == 2
+    assert capsys.readouterr().err == (
+        "benchmarks: argument --tools: 'magic'; allowed: onnxruntime_dynamic, onnxruntime_static, "
+        "modelopt_default\n"
+    )

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
+from export import rounding
 from export.quantize import WindowReader
-from export.rounding import round_rows, round_weights, second_moments
+from export.rounding import held_at_once, round_rows, round_weights, second_moments
 
 
 def output_error(weights, scale, steps, moments):
@@ -103,12 +104,11 @@ def test_second_moments_are_sums_of_outer_products():
     assert second_moments(network(), [], WINDOWS) == {}
 
 
-def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
-    fp32 = network()
-    onnx.save(fp32, tmp_path / "fp32.onnx")
+def quantized(fp32, folder):
+    onnx.save(fp32, folder / "fp32.onnx")
     quantize_static(
-        tmp_path / "fp32.onnx",
-        tmp_path / "int8.onnx",
+        folder / "fp32.onnx",
+        folder / "int8.onnx",
         WindowReader(WINDOWS),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
@@ -116,7 +116,12 @@ def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
         weight_type=QuantType.QInt8,
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
     )
-    int8 = onnx.load(tmp_path / "int8.onnx")
+    return onnx.load(folder / "int8.onnx")
+
+
+def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
+    fp32 = network()
+    int8 = quantized(fp32, tmp_path)
     before = onnx.ModelProto.FromString(int8.SerializeToString())
     round_weights(fp32, int8, WINDOWS, ["layer"])
     old, new = (
@@ -139,3 +144,20 @@ def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
     )
     assert np.square(product(int8) - exact).sum() < 0.3 * np.square(product(before) - exact).sum()
     onnxruntime.InferenceSession(int8.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_moments_are_held_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(rounding, "HELD_BYTES", 8 * (9 + 16))
+    inputs = {"a": 3, "b": 4, "c": 1, "d": 100, "e": 2}
+    assert held_at_once(inputs) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert held_at_once({}) == []
+
+
+def test_parts_round_as_the_whole_does(tmp_path, monkeypatch):
+    fp32, found = network(), []
+    for limit in (rounding.HELD_BYTES, 1):
+        monkeypatch.setattr(rounding, "HELD_BYTES", limit)
+        int8 = quantized(fp32, tmp_path)
+        round_weights(fp32, int8, WINDOWS, ["layer", "other"])
+        found.append(int8.SerializeToString())
+    assert found[0] == found[1]
