@@ -11,7 +11,7 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
 from export import rounding
 from export.quantize import WindowReader
-from export.rounding import held_at_once, round_rows, round_weights, second_moments
+from export.rounding import held_at_once, round_rows, round_weights, second_moments, upper_factor
 
 
 def output_error(weights, scale, steps, moments):
@@ -144,6 +144,14 @@ def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
     )
     assert np.square(product(int8) - exact).sum() < 0.3 * np.square(product(before) - exact).sum()
     onnxruntime.InferenceSession(int8.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 30, 200])
+def test_the_factor_is_that_of_the_inverse(size):
+    values = np.random.default_rng(size).normal(size=(3 * size, size))
+    moments = values.T @ values
+    expected = np.linalg.cholesky(np.linalg.inv(moments)).T
+    np.testing.assert_allclose(upper_factor(moments), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_moments_are_held_a_part_at_a_time(monkeypatch):
