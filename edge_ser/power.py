@@ -123,7 +123,7 @@ def measure(
         if block == blocks:
             break
         runs, start, before = 0, clock(), meter.joules()
-        while clock() - start < block_s:
+        while not runs or clock() - start < block_s:  # a meter may take longer to answer
             work()
             runs += 1
         end, after = clock(), meter.joules()

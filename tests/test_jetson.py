@@ -129,7 +129,7 @@ def test_every_error_that_it_explains_is_one_of_ours():
 
     table = README.partition("## When it does not work")[2]
     errors = re.findall(r"^\| `([^|]+)` \|", table, re.MULTILINE)
-    assert len(errors) == 10
+    assert len(errors) == 11
     assert [error for error in errors if not ours(error)] == []
     assert not ours("CUDA: cudaErrorNoDevice in cudaGetDeviceCount: there is none; buy one")
 

@@ -134,6 +134,23 @@ def test_what_an_inference_costs_above_idling():
     assert found.work_w == pytest.approx(5 + 7 / 100 + 8)
 
 
+def test_a_meter_that_is_slower_than_a_block_counts_a_run():
+    machine = Clock()
+
+    class Slow:
+        name = "slow"
+
+        def joules(self):
+            machine.now += 3  # until its next line
+            return machine.joules()
+
+    found = measure(
+        Slow(), lambda: machine.spend(0.5, 8), blocks=2, block_s=2,
+        clock=lambda: machine.now, sleep=lambda s: machine.spend(s, 0),
+    )  # fmt: skip
+    assert found.runs == 2
+
+
 def test_blocks_that_differ_make_it_uncertain():
     machine, watts = Clock(), iter([8] * 8 + [10] * 8)
     found = measure(

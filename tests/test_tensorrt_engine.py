@@ -288,6 +288,15 @@ def test_tensorrt_comes_before_that_for_rtx(orin):
     assert build.tensorrt_module().__name__ == "tensorrt_rtx"
 
 
+def test_a_tensorrt_that_lacks_a_library_says_which(tmp_path, monkeypatch):
+    said = "libnvdla_compiler.so: cannot open shared object file"
+    (tmp_path / "tensorrt.py").write_text(f"raise ImportError({said!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(MissingDependency, match=f"cannot be imported .{said}.; in a container"):
+        build.tensorrt_module()
+
+
 def test_a_build_that_fails(orin):
     orin.trt.broken = True
     line = r"cannot build model_int8.onnx: no implementation within the memory$"

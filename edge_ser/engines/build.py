@@ -20,14 +20,18 @@ def tensorrt_module() -> Any:
     """Return ``tensorrt``, or ``tensorrt_rtx`` where that one is not installed.
 
     Raises:
-        MissingDependency: Neither is.
+        MissingDependency: Neither is, or the first one is there and cannot be imported.
     """
     try:
         import tensorrt  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         return tensorrt
-    except ImportError:
-        pass
+    except ImportError as exc:
+        if exc.name != "tensorrt":  # it is there, and something that it needs is not
+            raise MissingDependency(
+                f"TensorRT is installed, and cannot be imported ({exc}); in a container, take an "
+                "image for this JetPack, and --runtime nvidia"
+            ) from exc
     try:
         import tensorrt_rtx  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
