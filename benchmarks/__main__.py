@@ -125,7 +125,7 @@ def _peers(args: argparse.Namespace) -> None:
         clips = {seconds: synthetic_speech(SYNTHETIC, seconds, seed=2) for seconds in args.windows}
     calibration = calibration_windows(args.calibration)
     checkpoint = args.checkpoint or random_checkpoint(args.random, args.out)
-    prepared = prepare(checkpoint, calibration, args.out)
+    prepared = prepare(checkpoint, calibration, args.out, random=bool(args.random))
     heard = "speech" if args.calibration else "synthetic sounds"
     subject = {
         "network": f"random {args.random}" if args.random else checkpoint.name,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.peers import CALIBRATION_S, PACKAGES, Prepared, load_network
-from benchmarks.quantizers import QUANTIZERS, Quantizer, run_quantizer
+from benchmarks.quantizers import OURS_OF_RANDOM, QUANTIZERS, Quantizer, run_quantizer
 from benchmarks.subjects import SIZES, Samples, read_windows, save_random, synthetic_speech
 from benchmarks.turns import in_child
 from edge_ser.bundle import FP32_GRAPH
@@ -50,13 +50,16 @@ def calibration_windows(manifest: Path | None) -> list[Samples]:
     return read_windows([clip.path for clip in clips[::apart]], CALIBRATION_S)
 
 
-def prepare(checkpoint: Path, calibration: Sequence[Samples], out: Path) -> Prepared:
+def prepare(
+    checkpoint: Path, calibration: Sequence[Samples], out: Path, *, random: bool = False
+) -> Prepared:
     """Write the graph of full precision, and those of the quantizers.
 
     Args:
         checkpoint: A folder of transformers: Wav2Vec2, HuBERT or WavLM, with a classifier.
         calibration: Windows of `CALIBRATION_S`, float32 (T,) at 16 kHz.
         out: Takes a folder for each quantizer.
+        random: Whether its weights are, so that answers mean nothing.
 
     Raises:
         RecipeError: The checkpoint cannot be read, or is of another kind.
@@ -72,7 +75,8 @@ def prepare(checkpoint: Path, calibration: Sequence[Samples], out: Path) -> Prep
     heard = hashlib.sha256(np.stack(calibration).tobytes()).hexdigest()
     graphs: list[tuple[str, Path, str]] = []
     refused: dict[str, str] = {}
-    for quantizer in tqdm(QUANTIZERS, desc="quantize", unit="tool"):
+    quantizers = (*QUANTIZERS[:-1], OURS_OF_RANDOM) if random else QUANTIZERS
+    for quantizer in tqdm(quantizers, desc="quantize", unit="tool"):
         folder = out / quantizer.name
         reads = {"after": key, "calibration": heard, "settings": dict(quantizer.rows)}
         graphs += [(name, folder / file, detail) for name, (file, detail) in quantizer.rows.items()]

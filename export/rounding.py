@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 from onnx import numpy_helper
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dtrtri
 
 from export.probe import Floats, tensor_values
 
@@ -88,12 +89,12 @@ def upper_factor(moments: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the upper Cholesky factor of the inverse of a positive definite matrix, (D, D).
 
     It holds, row by row, how the rows below should answer. Where J turns the order round and
-    J M J = L L', it is the inverse of J L J: a fifth of the time that inverting M takes.
+    J M J = L L', it is the inverse of J L J: two thirds of n^3 operations, inverting M takes three
+    and a half times as many.
     """
-    lower = torch.linalg.cholesky(torch.from_numpy(moments).flip(0, 1))
-    one = torch.eye(len(moments), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(lower, one, upper=False)
-    return np.asarray(inverse.flip(0, 1).numpy())
+    lower = cholesky(moments[::-1, ::-1], lower=True)
+    inverse, _ = dtrtri(np.asfortranarray(lower[::-1, ::-1]), lower=0)
+    return np.asarray(inverse)
 
 
 def round_rows(

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import soundfile
 import torch
+from onnx.numpy_helper import to_array
 from scipy.spatial.distance import cosine
 from transformers import (
     Wav2Vec2Config,
@@ -24,7 +25,7 @@ from benchmarks.agreement import frame_cosine, graph_answers, labels_equal, torc
 from benchmarks.machine import ROOT
 from benchmarks.peers import CALIBRATION_S, Prepared, load_network, systems_of
 from benchmarks.prepare import CALIBRATION, calibration_windows, prepare
-from benchmarks.quantizers import QUANTIZERS, run_quantizer
+from benchmarks.quantizers import QUANTIZERS, make_ours_of_random, run_quantizer
 from benchmarks.turns import in_child
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import AudioError
@@ -341,6 +342,21 @@ def test_graphs_of_other_tools_answer_as_full_precision_does(package, measured, 
             assert quantized_products(tmp_path / quantizer.name / file) == 8
     left = {file.name for file in tmp_path.glob("*/*")}
     assert left <= {"model.onnx", "model_u8.onnx", "config.json", "ort_config.json"}
+
+
+def test_ours_of_a_random_network_has_the_nodes_of_ours(measured, tmp_path):
+    """So it takes as long."""
+    _, home = measured
+    make_ours_of_random(home / "out/fp32/model.onnx", calibration_windows(None), tmp_path)
+    graphs = [
+        onnx.load(folder / "model_int8_x86.onnx").graph
+        for folder in (home / "out/edge_ser", tmp_path)
+    ]
+    one, other = ([(n.op_type, *n.input, *n.output) for n in graph.node] for graph in graphs)
+    assert one == other
+    weights, others = ({t.name: to_array(t) for t in graph.initializer} for graph in graphs)
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not np.array_equal(weights[name], others[name])]
 
 
 # faults
