@@ -177,13 +177,14 @@ def _floors(
     rows = []
     counting = tqdm(graphs, desc="roofline", unit="graph")
     for (name, precision, graph), counts in zip(counting, found, strict=True):
-        row: Row = {"model": name, "precision": precision, "graph": graph.file.name, **counts}
+        row: Row = {"model": name, "precision": precision, "graph": graph.file.name}
+        row |= {"weights": graph.weights.source, **counts}
         rows.append(row)
         if "not_measured" in counts:
             continue
         try:
             if "not_measured" in gpu:
-                raise EdgeSerError(gpu["not_measured"])
+                raise EdgeSerError("no GPU is known here")
             peak = peak_of(gpu["name"], board)
         except EdgeSerError as exc:
             row["not_measured"] = str(exc)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from benchmarks.report import Row, in_ms, new_figure, origin, table
@@ -35,7 +37,7 @@ largest logit; labels are held against the processor's as well, clip by clip.
 
 
 def _floor(row: Row) -> list[str]:
-    start = f"{row['model']}, {row['graph']}"
+    start = f"{row['model']}, {row['graph']} ({row['weights']})"
     if "macs" not in row:
         return [start, f"not measured: {row['not_measured']}"]
     macs = [f"{row['macs'][name] / 1e9:.3f}" for name in ("int8", "fp16", "fp32")]
@@ -47,12 +49,9 @@ def _floor(row: Row) -> list[str]:
 
 
 def _model(name: str, rows: Sequence[Row]) -> str:
-    sources = {row["weights"]: None for row in rows if "weights" in row}
     ordered = sorted(rows, key=lambda row: row["batch"])
     return f"""
 ## {name}
-
-{"; ".join(sources) or "no weights"}.
 
 {table(_CELLS, [_cell(row) for row in ordered])}"""
 
@@ -82,33 +81,30 @@ def gpu_plot(result: Row, file: Path) -> None:
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    models, batches = (
-        list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("model", "batch")
+    measured = [row for row in result["rows"] if "stats" in row]
+    models, batches, names = (
+        list(dict.fromkeys(map(key, measured)))
+        for key in (itemgetter("model"), itemgetter("batch"), _bar)
     )
-    names = list(dict.fromkeys(_bar(row) for row in reversed(result["rows"])))
-    size = (4 + 3 * len(models), len(batches) * (1 + 0.25 * len(names)))
-    figure = new_figure(*size)
-    panels = figure.subplots(len(batches), len(models), sharey=True, squeeze=False)
-    for across, model in enumerate(models):
-        for down, batch in enumerate(batches):
-            axes = panels[down][across]
-            shown = [
-                row
-                for row in result["rows"]
-                if (row["model"], row["batch"]) == (model, batch) and "stats" in row
-            ]
-            places = [names.index(_bar(row)) for row in shown]
-            p50_ms = [row["stats"]["p50_ms"] for row in shown]
-            tails_ms = [row["stats"]["p99_ms"] - row["stats"]["p50_ms"] for row in shown]
-            axes.barh(places, p50_ms, xerr=[[0] * len(shown), tails_ms])
-            floors = [row.get("floor_ms", float("nan")) for row in shown]
-            axes.plot(floors, places, "k|", markersize=9)
-            axes.set_yticks(range(len(names)), names)
-            axes.set_title(f"{model}, batch {batch}" + ("" if shown else ": not measured"))
-            if shown:
-                axes.set_xscale("log")
-                axes.set_xlabel("ms: p50, line to p99, mark at the floor")
+    figure = new_figure(4 + 3 * len(models), 1 + len(batches) * (1 + 0.25 * len(names)))
     figure.suptitle(result["gpu"].get("name", "GPU not known"))
+    places = [(model, batch) for batch in batches for model in models]
+    panels = figure.subplots(len(batches) or 1, len(models) or 1, sharey=True, squeeze=False)
+    for axes, place in zip(panels.flat, places, strict=False):  # one panel where nothing is shown
+        rows = [row for row in measured if (row["model"], row["batch"]) == place]
+        lines = [names.index(_bar(row)) for row in rows]
+        p50_ms = [row["stats"]["p50_ms"] for row in rows]
+        tails_ms = [row["stats"]["p99_ms"] - row["stats"]["p50_ms"] for row in rows]
+        axes.barh(lines, p50_ms, xerr=[[0] * len(rows), tails_ms])
+        axes.plot([row.get("floor_ms", math.nan) for row in rows], lines, "k|", markersize=9)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xscale("log")
+        axes.set_title("{}, batch {}".format(*place))
+        axes.set_xlabel("ms: p50, line to p99, mark at the floor")
+    if places:
+        panels[0][0].invert_yaxis()  # shared
+    else:
+        panels[0][0].set_title("no cell was measured")
     figure.savefig(file, dpi=150)
 
 

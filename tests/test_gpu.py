@@ -19,7 +19,7 @@ from transformers import (
 
 from benchmarks import networks
 from benchmarks.__main__ import main
-from benchmarks.cells import PROBES, Cell, expected_of, measure_cell
+from benchmarks.cells import PROBES, Cell, Filled, expected_of, measure_cell
 from benchmarks.machine import ROOT
 from benchmarks.networks import model_of
 from benchmarks.runtimes import RUNTIMES, halve, open_torch
@@ -255,6 +255,14 @@ def test_logits_that_are_no_numbers_are_no_measurement(small, played):
         measure_cell(one)
 
 
+def test_a_short_window_is_repeated_as_engines_of_fixed_shape_hear_it():
+    engine = FakeEngine([1.0, 2.0])
+    filled = Filled(engine, 7)
+    np.testing.assert_array_equal(filled.run(np.array([[1, 2, 3]], np.float32)), [[1, 2]])
+    np.testing.assert_array_equal(engine.calls[0], [[1, 2, 3, 1, 2, 3, 1]])
+    assert (filled.device, filled.graph) == ("fake", "fake.onnx")
+
+
 # from end to end
 
 
@@ -317,7 +325,7 @@ def test_work_is_counted_even_so(nowhere):
     }  # fmt: skip
     assert floors["loud", "fp32"]["macs"] == {"int8": 0, "fp16": 0, "fp32": 3}
     assert floors["small", "int8"]["macs"]["int8"] > 0
-    assert {row["not_measured"] for row in floors.values()} == {nowhere["gpu"]["not_measured"]}
+    assert {row["not_measured"] for row in floors.values()} == {"no GPU is known here"}
     assert nowhere["gpu"]["not_measured"].startswith("CUDA: cudaError")
 
 

@@ -36,7 +36,10 @@ def ones(*shape, dtype=np.float32):
 
 
 def by_hand(tmp_path):
-    """Two convolutions, the second in INT8 and in two groups, a product in half, and a layer."""
+    """Two convolutions, the second in INT8 and two groups, a product in half, and a layer.
+
+    Of the layer only the weights are INT8: it multiplies float32.
+    """
     make = helper.make_node
     nodes = [
         make("Unsqueeze", ["samples", "one"], ["x"]),  # (1, 1, 101)
@@ -50,12 +53,13 @@ def by_hand(tmp_path):
         make("MatMul", ["h", "w3"], ["m"]),  # (1, 47, 5)
         make("Cast", ["m"], ["f"], to=FLOAT),
         make("ReduceMean", ["f", "one"], ["r"], keepdims=0),  # (1, 5)
-        make("Gemm", ["r", "w4", "b4"], ["logits"], transB=1),  # (1, 7)
+        make("DequantizeLinear", ["w4", "s", "z"], ["dw4"]),
+        make("Gemm", ["r", "dw4", "b4"], ["logits"], transB=1),  # (1, 7)
     ]
     constants = {
         "one": np.array([1], np.int64), "s": np.float32(0.1), "z": np.int8(0),
         "w1": ones(4, 1, 5), "b1": ones(4), "w2": ones(6, 2, 3, dtype=np.int8),
-        "w3": ones(6, 5, dtype=np.float16), "w4": ones(7, 5), "b4": ones(7),
+        "w3": ones(6, 5, dtype=np.float16), "w4": ones(7, 5, dtype=np.int8), "b4": ones(7),
     }  # fmt: skip
     onnx.save(model(nodes, constants), tmp_path / "g.onnx")
     return tmp_path / "g.onnx"
@@ -68,7 +72,7 @@ def test_multiplications_are_those_counted_by_hand(tmp_path):
         "int8": 6 * 47 * (2 * 3),
         "fp16": 47 * 5 * 6,
     }
-    assert work.weight_bytes == (8 + 4 + 1) + 4 * (20 + 4) + 36 + 2 * 30 + 4 * (35 + 7)
+    assert work.weight_bytes == (8 + 4 + 1) + 4 * (20 + 4) + 36 + 2 * 30 + 35 + 4 * 7
 
 
 def test_a_transposed_factor_is_no_other_work(tmp_path):
