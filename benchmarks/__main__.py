@@ -10,9 +10,10 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from benchmarks import arguments as read
+from benchmarks.arguments import option
 from benchmarks.machine import ROOT
 from benchmarks.report import (
     accuracy_plot,
@@ -49,6 +50,25 @@ examples:
       time, size and memory of a network of that size, without a checkpoint
 
 Close other programs: ratios survive a busy machine, milliseconds do not.
+"""
+
+_GPU = """A cell that cannot be measured says why. FOLDER: of a run, of a bundle, of graphs that are
+called as in a bundle, or a checkpoint of transformers. Without one a network of the same shape has
+random weights, enough for times; the INT8 models that are embedded are trained.
+
+From nothing, on a machine with a GPU (a Jetson has TensorRT already, of JetPack; its environment is
+made with --system-site-packages). Without torch there, run it with --prepare elsewhere first, and
+copy DIR:
+  pip install -e ".[export,bench,tensorrt]" tensorrt
+  python -m benchmarks gpu --out DIR --json gpu.json --markdown gpu.md --plot gpu.png
+
+examples:
+  python -m benchmarks gpu tiny --out DIR --runtimes tensorrt,onnxruntime --batches 1
+      a first look
+  python -m benchmarks gpu default=RUN/default/seed2 --weights WEIGHTS --manifest CSV --out DIR
+      what precision and runtime do to the answers of a trained model
+
+Stopped, it goes on where it was; cells that failed are tried again.
 """
 
 _MATCH = """For want of a fine-tuned checkpoint. OUT takes the checkpoint, whose matching.json says
@@ -140,6 +160,27 @@ def _peers(args: argparse.Namespace) -> None:
     _show(args, {**result, "subject": subject}, peers_markdown, peers_plot)
 
 
+def _gpu(args: argparse.Namespace) -> None:
+    from benchmarks.gpu import measure
+    from benchmarks.gpu_report import gpu_markdown, gpu_plot
+    from benchmarks.networks import model_of
+
+    names = [name for name, _ in args.models]
+    if len(set(names)) < len(names):
+        args.usage(f"argument MODEL: {', '.join(names)}; allowed: different names")
+    args.out.mkdir(exist_ok=True)
+    models = [model_of(name, folder, args.out, args.weights) for name, folder in args.models]
+    if args.prepare:
+        for model in models:
+            for precision, graph in model.graphs.items():
+                found = f"not made: {graph}" if isinstance(graph, str) else graph.file
+                print(f"{model.name} {precision}: {found}")
+        return
+    kinds = ("runtimes", "batches", "window_s", "runs", "manifest", "longest_s")
+    result = measure(models, args.out, **{name: getattr(args, name) for name in kinds})
+    _show(args, result, gpu_markdown, gpu_plot)
+
+
 def _accuracy(args: argparse.Namespace) -> None:
     from benchmarks.accuracy import accuracy_markdown, measure
     from benchmarks.unheard import PEERS
@@ -172,46 +213,10 @@ def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot:
         plot(result, args.plot)
 
 
-def _existing(text: str) -> Path:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text!r} is not there")
-    return Path(text)
-
-
-def _output(text: str) -> Path:
-    if not Path(text).parent.is_dir():  # said now, not after minutes of measuring
-        raise argparse.ArgumentTypeError(f"{text!r}: make its folder first")
-    return Path(text)
-
-
-def _threads(text: str) -> list[int]:
-    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-    if min(counts) < 1 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers from 1")
-    return counts
-
-
-def _lengths(text: str) -> list[float]:
-    try:
-        lengths = [float(part) for part in text.split(",")]
-    except ValueError:
-        lengths = [0.0]
-    if not all(0.4 <= seconds <= 30 for seconds in lengths) or len(set(lengths)) < len(lengths):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: different numbers from 0.4 to 30")
-    return lengths
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; ``--help`` says what is right."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"benchmarks: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     about = "Measure what edge_ser ships, and what else there is."
-    parser = _Parser(prog="python -m benchmarks", description=about, epilog=_LATENCY, **raw)
+    parser = read.Parser(prog="python -m benchmarks", description=about, epilog=_LATENCY, **raw)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     about = "Time torch and ONNX, full precision and INT8, in turns; loading, memory, cold start."
     latency = verbs.add_parser("latency", help=about, description=about, epilog=_LATENCY, **raw)
@@ -219,6 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "Compare with what other tools make of the same network: time, size, memory, answers."
     peers = verbs.add_parser("peers", help=about, description=about, epilog=_PEERS, **raw)
     peers.set_defaults(run=_peers, usage=peers.error)
+
+    about = "Measure every model in every precision by every runtime on a GPU, or say why not."
+    gpu = verbs.add_parser("gpu", help=about, description=about, epilog=_GPU, **raw)
+    gpu.set_defaults(run=_gpu, usage=gpu.error)
 
     about = "Ask every clip of a head that has not heard its speaker, in full precision and INT8."
     accuracy = verbs.add_parser("accuracy", help=about, description=about, epilog=_ACCURACY, **raw)
@@ -228,57 +237,71 @@ def _parser() -> argparse.ArgumentParser:
     match = verbs.add_parser("match", help=about, description=about, epilog=_MATCH, **raw)
     match.set_defaults(run=_match, usage=match.error)
 
-    def option(
-        verb: Any, name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any
-    ) -> None:
-        verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
-
     embedded = ["default", "tiny"]
     text = "embedded models or folders (default tiny)"
     option(latency, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
     recipes = ROOT / "export" / "recipes"
-    option(
-        latency, "--recipes", _existing, recipes, "DIR", "where default.toml is (export/recipes)"
-    )
+    text = "where default.toml is (export/recipes)"
+    option(latency, "--recipes", read.existing, recipes, "DIR", text)
     text = "pretrained checkpoints, for torch default"
-    option(latency, "--weights", _existing, None, "DIR", text)
+    option(latency, "--weights", read.existing, None, "DIR", text)
     text = "its trained head, model.safetensors of the training stage; else a random one"
-    option(latency, "--trained", _existing, None, "FILE", text)
+    option(latency, "--trained", read.existing, None, "FILE", text)
     option(latency, "--window", float, 3.0, "S", "seconds of audio (3)")
     text = "folder of a fine-tuned Wav2Vec2, HuBERT or WavLM"
-    option(peers, "checkpoint", _existing, None, "CHECKPOINT", text, nargs="?")
+    option(peers, "checkpoint", read.existing, None, "CHECKPOINT", text, nargs="?")
     text = "instead of it, random weights of the size of wav2vec2-base or XLSR-53"
     peers.add_argument("--random", choices=("base", "xlsr"), help=text)
-    option(peers, "--out", _output, None, "DIR", "where graphs are kept", required=True)
+    option(peers, "--out", read.output, None, "DIR", "where graphs are kept", required=True)
     text = "manifest of clips to calibrate with, column path; else synthetic sounds"
-    option(peers, "--calibration", _existing, None, "CSV", text)
+    option(peers, "--calibration", read.existing, None, "CSV", text)
     text = "folder of clips whose answers are compared; else synthetic sounds"
-    option(peers, "--clips", _existing, None, "DIR", text)
-    option(peers, "--windows", _lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
-    option(accuracy, "recipe", _existing, None, "RECIPE", "a TOML file with [train]")
-    option(match, "recipe", _existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
+    option(peers, "--clips", read.existing, None, "DIR", text)
+    option(peers, "--windows", read.lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
+    text = "NAME, or NAME=FOLDER with trained files (default tiny whisper_base wav2vec2_base)"
+    every = [(name, None) for name in ("default", "tiny", "whisper_base", "wav2vec2_base")]
+    option(gpu, "models", read.model, every, "MODEL", text, nargs="*")
+    text = "where graphs and cells are kept"
+    option(gpu, "--out", read.output, None, "DIR", text, required=True)
+    text = "pretrained checkpoints, for torch to load the network of a run"
+    option(gpu, "--weights", read.existing, None, "DIR", text)
+    text = "clips to ask trained models for: columns path, and emotion where it is known"
+    option(gpu, "--manifest", read.existing, None, "CSV", text)
+    option(gpu, "--runtimes", read.runtimes, None, "NAME,NAME", "some of them (all)")
+    option(gpu, "--batches", read.numbers, [1, 32], "N,N", "windows at once (1,32)")
+    option(gpu, "--window", read.at_least(0.5), 3.0, "S", "seconds of audio (3)", dest="window_s")
+    text = "a cell that takes longer is given up (1800)"
+    option(gpu, "--longest", read.at_least(1), 1800, "S", text, dest="longest_s")
+    text = "make the graphs and stop; a machine without a GPU will do"
+    gpu.add_argument("--prepare", action="store_true", help=text)
+    option(accuracy, "recipe", read.existing, None, "RECIPE", "a TOML file with [train]")
+    option(match, "recipe", read.existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
     for verb in (accuracy, match):
         text = "folder with a folder a corpus"
-        option(verb, "--corpora", _existing, None, "DIR", text, required=True)
+        option(verb, "--corpora", read.existing, None, "DIR", text, required=True)
         text = "folder of checkpoints; without it: hub ids"
-        option(verb, "--weights", _existing, None, "DIR", text)
+        option(verb, "--weights", read.existing, None, "DIR", text)
     text = "where the run left its results; what is made here stays there"
-    option(accuracy, "--out", _existing, None, "DIR", text, required=True)
-    option(match, "--out", _output, None, "DIR", "where the results go", required=True)
+    option(accuracy, "--out", read.existing, None, "DIR", text, required=True)
+    option(match, "--out", read.output, None, "DIR", "where the results go", required=True)
     text = "processor time of the training; all cores compute (60)"
     option(match, "--cpu-minutes", float, 60, "N", text)
     option(accuracy, "--seed", int, 0, "N", "of the run (0)")
     text = "variants of the recipe's [quantize], in place of other tools"
-    option(accuracy, "--variants", _existing, None, "FILE", text)
+    option(accuracy, "--variants", read.existing, None, "FILE", text)
     text = "which other tools, such as onnxruntime_dynamic (all that are known)"
     option(accuracy, "--tools", str, None, "NAME,NAME", text)
+    for verb in (latency, peers):
+        option(verb, "--threads", read.numbers, [1, 2], "N,N", "numbers of threads (1,2)")
     for verb, runs in ((latency, 100), (peers, 30)):
-        option(verb, "--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
-    for verb in (latency, peers, accuracy):
-        option(verb, "--json", _output, None, "FILE", "write all numbers here")
-        option(verb, "--markdown", _output, None, "FILE", "write the tables here, not on stdout")
-        option(verb, "--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")
+    option(gpu, "--runs", read.at_least(1, int), 300, "N", "runs of a cell that count (300)")
+    for verb in (latency, peers, gpu, accuracy):
+        option(verb, "--json", read.output, None, "FILE", "write all numbers here")
+        option(
+            verb, "--markdown", read.output, None, "FILE", "write the tables here, not on stdout"
+        )
+        option(verb, "--plot", read.output, None, "FILE", "draw a bar chart here (PNG, SVG)")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -13,6 +14,7 @@ from typing import Any
 
 import edge_ser
 from edge_ser.engines import has_vnni
+from edge_ser.engines.cuda import Cuda
 
 ROOT = Path(__file__).parent.parent  # the checkout
 
@@ -55,6 +57,37 @@ def cpu_model(
         return board.read_text().strip("\0\n")
     except OSError:
         return platform.processor() or "unknown"
+
+
+def describe_gpu(release: Path = Path("/etc/nv_tegra_release")) -> dict[str, Any]:
+    """Return what is known of the first GPU as a JSON object.
+
+    That is name, compute capability and version of CUDA; the version of the driver where nvidia-smi
+    tells it; of a Jetson its release and its power mode.
+
+    Args:
+        release: Where a Jetson tells its release.
+
+    Raises:
+        EdgeSerError: There is no GPU, or cuda-python is not installed.
+    """
+    cuda = Cuda()
+    found = {"name": cuda.name, "compute_capability": cuda.compute_capability}
+    cuda.close()
+    from cuda.bindings import runtime
+
+    _, number = runtime.cudaDriverGetVersion()
+    found["cuda"] = f"{number // 1000}.{number % 1000 // 10}"
+    if release.exists():
+        found["release"] = release.read_text().partition("\n")[0]
+    for name, words in (
+        ("driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        ("power_mode", ["nvpmodel", "-q"]),
+    ):
+        if shutil.which(words[0]):
+            done = subprocess.run(words, capture_output=True, text=True)
+            found[name] = done.stdout.partition("\n")[0]
+    return found
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

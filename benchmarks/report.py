@@ -24,7 +24,7 @@ def latency_markdown(result: Row) -> str:
     loads = [_start(row) + (_reason(row) or _load(row)) for row in result["loads"]]
     return f"""# Latency of {protocol["window_s"]:g} s of audio
 
-{_origin(result)}
+{origin(result)}
 
 Noise, front ends included. {protocol["runs"]} rounds; in each of them every system takes its \
 turn: one run to warm the caches, then the timed one. Speedup is against {rows[0]["system"]} with \
@@ -41,7 +41,8 @@ Whole processes, in turns, their files in memory.
 {table(["system", "graph", "SHA-256 of the graph", "SHA-256 of metadata.json"], _files(rows))}"""
 
 
-def _origin(result: Row) -> str:
+def origin(result: Row) -> str:
+    """Return when, of which commit, and on what machine a result was measured."""
     host = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
@@ -58,7 +59,7 @@ _TIMES = ["system", "threads", "p50 ms", "p90 ms", "p99 ms", "speedup", "predict
 def _times(row: Row) -> list[str]:
     stats = row["stats"]["engine"]
     return [
-        *(_ms(stats[f"p{percent}_ms"]) for percent in (50, 90, 99)),
+        *(in_ms(stats[f"p{percent}_ms"]) for percent in (50, 90, 99)),
         f"{row['speedup']:.1f}x" if row["speedup"] else "not measured",
         f"{row['predict_adds_ms']:.3f}" if "predict_adds_ms" in row else "",
         str(len(row["samples_ms"]["engine"])),
@@ -66,7 +67,7 @@ def _times(row: Row) -> list[str]:
 
 
 def _load(row: Row) -> list[str]:
-    return [_ms(row["load_ms"]), _ms(row["first_run_ms"]), f"{row['peak_memory_mb']:.0f}"]
+    return [in_ms(row["load_ms"]), in_ms(row["first_run_ms"]), f"{row['peak_memory_mb']:.0f}"]
 
 
 def _cold(cold: Row) -> list[list[str]]:
@@ -76,7 +77,7 @@ def _cold(cold: Row) -> list[list[str]]:
     return [
         [
             f"`{command}`",
-            _ms(stats["p50_ms"]),
+            in_ms(stats["p50_ms"]),
             f"{ratio:.2f}x",
             str(len(cold["samples_ms"][command])),
         ]
@@ -99,7 +100,7 @@ def _reason(row: Row) -> list[str]:
     return [f"not measured: {row['not_measured']}"] if "not_measured" in row else []
 
 
-def _ms(value: float) -> str:
+def in_ms(value: float) -> str:
     """Return milliseconds with three digits or all that are whole."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
@@ -122,7 +123,7 @@ def peers_markdown(result: Row) -> str:
     settings = "".join(f"- {name}: {detail}\n" for name, detail in details.items())
     return f"""# Peers: {result["subject"]["network"]}
 
-{_origin(result)}
+{origin(result)}
 
 {result["subject"]["calibration"]} {result["subject"]["agreement"]}
 
@@ -150,7 +151,7 @@ def _by_length(rows: Sequence[Row]) -> list[list[str]]:
             continue
         stats = row["stats"]["engine"]
         speedup = f"{row['speedup']:.2f}x" if row["speedup"] else "not measured"
-        line += [_ms(stats["p50_ms"]), _ms(stats["p90_ms"]), speedup]
+        line += [in_ms(stats["p50_ms"]), in_ms(stats["p90_ms"]), speedup]
     return list(lines.values())
 
 
@@ -184,7 +185,7 @@ def latency_plot(result: Row, file: Path) -> None:
     p50_ms = [values["p50_ms"] for values in stats]
     tails_ms = [values["p99_ms"] - values["p50_ms"] for values in stats]
     places = range(len(rows))  # not names, for two bundles may share one
-    figure = _figure(8, 1 + 0.35 * len(rows))
+    figure = new_figure(8, 1 + 0.35 * len(rows))
     axes = figure.subplots()
     colours = [f"C{row['threads'] - 1}" for row in rows]
     axes.barh(places, p50_ms, xerr=[[0] * len(rows), tails_ms], color=colours)
@@ -204,7 +205,7 @@ def peers_plot(result: Row, file: Path) -> None:
     threads, lengths = result["rows"][0]["threads"], result["protocol"]["windows_s"]
     rows = [row for row in result["rows"] if "stats" in row and row["threads"] == threads]
     names = list(dict.fromkeys(row["system"] for row in reversed(rows)))
-    figure = _figure(3 + 3 * len(lengths), 1 + 0.35 * len(names))
+    figure = new_figure(3 + 3 * len(lengths), 1 + 0.35 * len(names))
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, seconds in zip(panels, lengths, strict=True):
         measured = [row for row in rows if row["window_s"] == seconds]
@@ -227,7 +228,7 @@ def accuracy_plot(result: Row, file: Path) -> None:
     """
     conditions = list(dict.fromkeys(row["condition"] for row in result["rows"]))
     systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
-    figure = _figure(12, 2 + 0.12 * len(systems) * len(conditions))
+    figure = new_figure(12, 2 + 0.12 * len(systems) * len(conditions))
     labels, lost = figure.subplots(1, 2, sharey=True)
     for number, system in enumerate(systems):
         rows = [row for row in result["rows"] if row["system"] == system]
@@ -246,7 +247,7 @@ def accuracy_plot(result: Row, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of a size in inches."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, nothing global

@@ -81,6 +81,9 @@ class FakeRuntime:
 
     # Devices
 
+    def cudaDriverGetVersion(self):
+        return OK, 13000
+
     def cudaGetDeviceCount(self):
         return OK, 1
 

@@ -1,10 +1,12 @@
 import subprocess
 
+import cuda.bindings
 import numpy as np
 import pytest
 
 import edge_ser
 from benchmarks import machine
+from tests.fake_gpu import FakeRuntime
 
 
 def test_the_processor_is_the_model_name_of_cpuinfo(tmp_path):
@@ -63,3 +65,19 @@ def test_the_commit_says_that_files_were_changed(checkout):
 
 def test_outside_a_checkout_the_commit_is_unknown(tmp_path):
     assert machine.commit(tmp_path) == "unknown"
+
+
+def test_a_gpu_tells_its_name_its_driver_and_of_a_jetson_release_and_power_mode(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cuda.bindings, "runtime", FakeRuntime())
+    (tmp_path / "release").write_text("# R36 (release), REVISION: 4.3\nmore\n")
+    for name, line in (("nvidia-smi", "540.4.0"), ("nvpmodel", "NV Power Mode: MAXN")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{line}'\necho 0\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert machine.describe_gpu(tmp_path / "release") == {
+        "name": "Orin", "compute_capability": "8.7", "cuda": "13.0",
+        "release": "# R36 (release), REVISION: 4.3", "driver": "540.4.0",
+        "power_mode": "NV Power Mode: MAXN",
+    }  # fmt: skip
