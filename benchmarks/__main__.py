@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.foreign import INSTALL
 from benchmarks.machine import ROOT
 from benchmarks.report import (
     accuracy_plot,
@@ -71,6 +72,17 @@ examples:
   python -m benchmarks accuracy export/recipes/default.toml ... \\
       --variants export/recipes/variants/quantize.toml
       what each step of the quantizer is worth
+"""
+
+_EMULATE = f"""Debian and Ubuntu have what it needs: {INSTALL}
+The userland (80 MB), wheels for ARM (170 MB) and all answers stay in --out; a run that was stopped
+goes on with them. qemu is slow at the float arithmetic of AVX2: most of the time goes there.
+
+examples:
+  python -m benchmarks emulate --corpora DIR --out DIR
+      the embedded models on ARM and on x86 without VNNI, against this machine
+  python -m benchmarks emulate --corpora DIR --out DIR --bundles out/mine --clips 20 --avx2-clips 1
+      a bundle of your own, a first look
 """
 
 
@@ -148,6 +160,16 @@ def _accuracy(args: argparse.Namespace) -> None:
     _show(args, result, accuracy_markdown, accuracy_plot)
 
 
+def _emulate(args: argparse.Namespace) -> None:
+    from benchmarks.emulate import emulation_markdown, measure
+
+    if not 1 <= args.avx2_clips <= args.clips:
+        args.usage(f"argument --avx2-clips: {args.avx2_clips}; allowed: 1 to --clips, {args.clips}")
+    args.out.mkdir(exist_ok=True)
+    result = measure(args.corpora, args.out, args.bundles, args.clips, args.avx2_clips)
+    _show(args, result, emulation_markdown, None)
+
+
 def _match(args: argparse.Namespace) -> None:
     from benchmarks.match import match
 
@@ -164,7 +186,7 @@ def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot:
         args.markdown.write_text(markdown(result), encoding="utf-8")
     else:
         print(markdown(result), end="")
-    if args.plot:
+    if plot and args.plot:
         plot(result, args.plot)
 
 
@@ -224,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     match = verbs.add_parser("match", help=about, description=about, epilog=_MATCH, **raw)
     match.set_defaults(run=_match, usage=match.error)
 
+    about = "Ask ARM and x86 without VNNI, emulated by qemu, and compare with this machine."
+    emulate = verbs.add_parser("emulate", help=about, description=about, epilog=_EMULATE, **raw)
+    emulate.set_defaults(run=_emulate, usage=emulate.error)
+
     def option(
         verb: Any, name: str, kind: Any, default: Any, metavar: str, text: str, **more: Any
     ) -> None:
@@ -231,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
 
     embedded = ["default", "tiny"]
     text = "embedded models or folders (default tiny)"
-    option(latency, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
+    for verb in (latency, emulate):
+        option(verb, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
     recipes = ROOT / "export" / "recipes"
     option(
         latency, "--recipes", _existing, recipes, "DIR", "where default.toml is (export/recipes)"
@@ -253,11 +280,16 @@ def _parser() -> argparse.ArgumentParser:
     option(peers, "--windows", _lengths, [1.0, 3.0, 7.0], "S,S", "seconds of audio (1,3,7)")
     option(accuracy, "recipe", _existing, None, "RECIPE", "a TOML file with [train]")
     option(match, "recipe", _existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
-    for verb in (accuracy, match):
-        text = "folder with a folder a corpus"
+    text = "folder with a folder a corpus"
+    for verb in (accuracy, match, emulate):
         option(verb, "--corpora", _existing, None, "DIR", text, required=True)
+    for verb in (accuracy, match):
         text = "folder of checkpoints; without it: hub ids"
         option(verb, "--weights", _existing, None, "DIR", text)
+    text = "where the userland and the answers are kept"
+    option(emulate, "--out", _output, None, "DIR", text, required=True)
+    option(emulate, "--clips", int, 200, "N", "clips that ARM is asked (200)")
+    option(emulate, "--avx2-clips", int, 4, "N", "of them, those that x86 with AVX2 is asked (4)")
     text = "where the run left its results; what is made here stays there"
     option(accuracy, "--out", _existing, None, "DIR", text, required=True)
     option(match, "--out", _output, None, "DIR", "where the results go", required=True)
@@ -269,9 +301,10 @@ def _parser() -> argparse.ArgumentParser:
     for verb, runs in ((latency, 100), (peers, 30)):
         option(verb, "--threads", _threads, [1, 2], "N,N", "numbers of threads (1,2)")
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
-    for verb in (latency, peers, accuracy):
+    for verb in (latency, peers, accuracy, emulate):
         option(verb, "--json", _output, None, "FILE", "write all numbers here")
         option(verb, "--markdown", _output, None, "FILE", "write the tables here, not on stdout")
+    for verb in (latency, peers, accuracy):
         option(verb, "--plot", _output, None, "FILE", "draw a bar chart here (PNG, SVG)")
     return parser
 

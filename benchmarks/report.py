@@ -24,7 +24,7 @@ def latency_markdown(result: Row) -> str:
     loads = [_start(row) + (_reason(row) or _load(row)) for row in result["loads"]]
     return f"""# Latency of {protocol["window_s"]:g} s of audio
 
-{_origin(result)}
+{origin(result)}
 
 Noise, front ends included. {protocol["runs"]} rounds; in each of them every system takes its \
 turn: one run to warm the caches, then the timed one. Speedup is against {rows[0]["system"]} with \
@@ -41,7 +41,8 @@ Whole processes, in turns, their files in memory.
 {table(["system", "graph", "SHA-256 of the graph", "SHA-256 of metadata.json"], _files(rows))}"""
 
 
-def _origin(result: Row) -> str:
+def origin(result: Row) -> str:
+    """Return when, where and with what a result was measured, as a line of Markdown."""
     host = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
@@ -122,7 +123,7 @@ def peers_markdown(result: Row) -> str:
     settings = "".join(f"- {name}: {detail}\n" for name, detail in details.items())
     return f"""# Peers: {result["subject"]["network"]}
 
-{_origin(result)}
+{origin(result)}
 
 {result["subject"]["calibration"]} {result["subject"]["agreement"]}
 
