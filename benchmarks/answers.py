@@ -85,18 +85,18 @@ def facts(found: Sequence[Row], here: Sequence[Row]) -> Row:
 
 
 def compare(found: Sequence[Row], reference: Sequence[Row]) -> Row:
-    """Compare answers with those to the same clips elsewhere.
+    """Compare answers with those to the same clips elsewhere, where more may have been asked.
 
     Returns:
         How many ``clips``, the share of ``labels_equal``, the ``median`` and the ``largest``
         difference of two probabilities, and the clip of the latter, ``worst``.
     """
-    pairs = list(zip(found, reference, strict=False))  # one may have been asked fewer clips
-    probs = np.array([[one["probs"] for one in pair] for pair in pairs])  # (N, 2, C)
+    elsewhere = {one["clip"]: one["probs"] for one in reference}
+    probs = np.array([[one["probs"], elsewhere[one["clip"]]] for one in found])  # (N, 2, C)
     apart = np.abs(probs[:, 0] - probs[:, 1])
     labels = probs.argmax(axis=2)
     return {
-        "clips": len(pairs),
+        "clips": len(found),
         "labels_equal": float((labels[:, 0] == labels[:, 1]).mean()),
         "median": float(np.median(apart)),
         "largest": float(apart.max()),

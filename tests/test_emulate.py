@@ -39,7 +39,7 @@ def answers(*probs):
 def test_labels_and_differences_of_probabilities():
     found = answers([0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.4, 0.5, 0.1])
     reference = answers([0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [1, 0, 0])
-    assert compare(found, reference) == {
+    assert compare(found, reference[::-1]) == {
         "clips": 3,
         "labels_equal": pytest.approx(2 / 3),
         "median": pytest.approx(0),
