@@ -81,7 +81,7 @@ goes on with them. qemu is slow at the float arithmetic of AVX2: most of the tim
 examples:
   python -m benchmarks emulate --corpora DIR --out DIR
       the embedded models on ARM and on x86 without VNNI, against this machine
-  python -m benchmarks emulate --corpora DIR --out DIR --bundles out/mine --clips 20 --avx2-clips 1
+  python -m benchmarks emulate --corpora DIR --out DIR --bundles out/mine --clips 20 --x86-clips 1
       a bundle of your own, a first look
 """
 
@@ -163,10 +163,10 @@ def _accuracy(args: argparse.Namespace) -> None:
 def _emulate(args: argparse.Namespace) -> None:
     from benchmarks.emulate import emulation_markdown, measure
 
-    if not 1 <= args.avx2_clips <= args.clips:
-        args.usage(f"argument --avx2-clips: {args.avx2_clips}; allowed: 1 to --clips, {args.clips}")
+    if not 1 <= args.x86_clips <= args.clips:
+        args.usage(f"argument --x86-clips: {args.x86_clips}; allowed: 1 to --clips, {args.clips}")
     args.out.mkdir(exist_ok=True)
-    result = measure(args.corpora, args.out, args.bundles, args.clips, args.avx2_clips)
+    result = measure(args.corpora, args.out, args.bundles, args.clips, args.x86_clips)
     _show(args, result, emulation_markdown, None)
 
 
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "where the userland and the answers are kept"
     option(emulate, "--out", _output, None, "DIR", text, required=True)
     option(emulate, "--clips", int, 200, "N", "clips that ARM is asked (200)")
-    option(emulate, "--avx2-clips", int, 4, "N", "of them, those that x86 with AVX2 is asked (4)")
+    option(emulate, "--x86-clips", int, 4, "N", "of them, those that other x86 are asked (4)")
     text = "where the run left its results; what is made here stays there"
     option(accuracy, "--out", _existing, None, "DIR", text, required=True)
     option(match, "--out", _output, None, "DIR", "where the results go", required=True)

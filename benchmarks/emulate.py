@@ -59,7 +59,7 @@ class System:
     machine: str | None = None
 
 
-def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, avx2_clips: int) -> Row:
+def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, x86_clips: int) -> Row:
     """Let all processors answer, and compare.
 
     Args:
@@ -67,7 +67,7 @@ def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, avx2_c
         out: Keeps the userland and all answers; a run that was stopped goes on with them.
         bundles: Names of embedded bundles, or folders.
         clips: How many clips ARM is asked.
-        avx2_clips: How many of them x86 with AVX2 is asked, which qemu emulates far more slowly.
+        x86_clips: How many of them other x86 are asked, of which qemu emulates AVX2 very slowly.
 
     Returns:
         The JSON object that `emulation_markdown` shows.
@@ -92,8 +92,8 @@ def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, avx2_c
         HERE: System(own, clips),
         HERE_S8: System(own, clips, machine="aarch64"),
         ARM: System(foreign.arm_command(out, wheel), clips, foreign.ARM),
-        SSE4: System(foreign.x86_command(out, foreign.SSE4), clips, foreign.SSE4),
-        AVX2: System(foreign.x86_command(out, foreign.AVX2), avx2_clips, foreign.AVX2),
+        SSE4: System(foreign.x86_command(out, foreign.SSE4), x86_clips, foreign.SSE4),
+        AVX2: System(foreign.x86_command(out, foreign.AVX2), x86_clips, foreign.AVX2),
     }
     write_product(out / "product.onnx")
     runtime = sorted((machine.ROOT / "edge_ser").rglob("*.py"))
@@ -123,7 +123,7 @@ def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, avx2_c
             row = compare(found[a][1:], found[b][1:])
             worst = str(Path(row["worst"]).relative_to(corpora))
             rows.append({"bundle": name, "system": a, "against": b, **row, "worst": worst})
-    words = f"--bundles {' '.join(bundles)} --clips {clips} --avx2-clips {avx2_clips}"
+    words = f"--bundles {' '.join(bundles)} --clips {clips} --x86-clips {x86_clips}"
     return {
         "schema": 1,
         "benchmark": "emulation",

@@ -348,12 +348,12 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch, tmp_path, c
 
 @pytest.mark.parametrize("count", ["0", "9"])
 def test_x86_is_asked_some_of_the_clips(tmp_path, capsys, count):
-    words = [f"--corpora={tmp_path}", f"--out={tmp_path}", "--clips=8", f"--avx2-clips={count}"]
+    words = [f"--corpora={tmp_path}", f"--out={tmp_path}", "--clips=8", f"--x86-clips={count}"]
     with pytest.raises(SystemExit) as error:
         main(["emulate", *words])
     assert error.value.code == 2
     assert capsys.readouterr().err == (
-        f"benchmarks: argument --avx2-clips: {count}; allowed: 1 to --clips, 8\n"
+        f"benchmarks: argument --x86-clips: {count}; allowed: 1 to --clips, 8\n"
     )
 
 
