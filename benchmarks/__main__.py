@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import arguments as read
 from benchmarks.arguments import option
+from benchmarks.foreign import INSTALL
 from benchmarks.machine import ROOT
 from benchmarks.report import (
     accuracy_plot,
@@ -91,6 +92,17 @@ examples:
   python -m benchmarks accuracy export/recipes/default.toml ... \\
       --variants export/recipes/variants/quantize.toml
       what each step of the quantizer is worth
+"""
+
+_EMULATE = f"""Debian and Ubuntu have what it needs: {INSTALL}
+The userland (80 MB), wheels for ARM (170 MB) and all answers stay in --out; a run that was stopped
+goes on with them. qemu is slow at the float arithmetic of AVX2: most of the time goes there.
+
+examples:
+  python -m benchmarks emulate --corpora DIR --out DIR
+      the embedded models on ARM and on x86 without VNNI, against this machine
+  python -m benchmarks emulate --corpora DIR --out DIR --bundles out/mine --clips 20 --x86-clips 1
+      a bundle of your own, a first look
 """
 
 
@@ -193,6 +205,16 @@ def _accuracy(args: argparse.Namespace) -> None:
     _show(args, result, accuracy_markdown, accuracy_plot)
 
 
+def _emulate(args: argparse.Namespace) -> None:
+    from benchmarks.emulate import emulation_markdown, measure
+
+    if not 1 <= args.x86_clips <= args.clips:
+        args.usage(f"argument --x86-clips: {args.x86_clips}; allowed: 1 to --clips, {args.clips}")
+    args.out.mkdir(exist_ok=True)
+    result = measure(args.corpora, args.out, args.bundles, args.clips, args.x86_clips)
+    _show(args, result, emulation_markdown, None)
+
+
 def _match(args: argparse.Namespace) -> None:
     from benchmarks.match import match
 
@@ -209,7 +231,7 @@ def _show(args: argparse.Namespace, result: dict[str, Any], markdown: Any, plot:
         args.markdown.write_text(markdown(result), encoding="utf-8")
     else:
         print(markdown(result), end="")
-    if args.plot:
+    if plot and args.plot:
         plot(result, args.plot)
 
 
@@ -237,9 +259,14 @@ def _parser() -> argparse.ArgumentParser:
     match = verbs.add_parser("match", help=about, description=about, epilog=_MATCH, **raw)
     match.set_defaults(run=_match, usage=match.error)
 
+    about = "Ask ARM and x86 without VNNI, emulated by qemu, and compare with this machine."
+    emulate = verbs.add_parser("emulate", help=about, description=about, epilog=_EMULATE, **raw)
+    emulate.set_defaults(run=_emulate, usage=emulate.error)
+
     embedded = ["default", "tiny"]
     text = "embedded models or folders (default tiny)"
-    option(latency, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
+    for verb in (latency, emulate):
+        option(verb, "--bundles", str, embedded, "DIR|NAME", text, nargs="+")
     recipes = ROOT / "export" / "recipes"
     text = "where default.toml is (export/recipes)"
     option(latency, "--recipes", read.existing, recipes, "DIR", text)
@@ -276,11 +303,16 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--prepare", action="store_true", help=text)
     option(accuracy, "recipe", read.existing, None, "RECIPE", "a TOML file with [train]")
     option(match, "recipe", read.existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
-    for verb in (accuracy, match):
-        text = "folder with a folder a corpus"
+    text = "folder with a folder a corpus"
+    for verb in (accuracy, match, emulate):
         option(verb, "--corpora", read.existing, None, "DIR", text, required=True)
+    for verb in (accuracy, match):
         text = "folder of checkpoints; without it: hub ids"
         option(verb, "--weights", read.existing, None, "DIR", text)
+    text = "where the userland and the answers are kept"
+    option(emulate, "--out", read.output, None, "DIR", text, required=True)
+    option(emulate, "--clips", int, 200, "N", "clips that ARM is asked (200)")
+    option(emulate, "--x86-clips", int, 4, "N", "of them, those that other x86 are asked (4)")
     text = "where the run left its results; what is made here stays there"
     option(accuracy, "--out", read.existing, None, "DIR", text, required=True)
     option(match, "--out", read.output, None, "DIR", "where the results go", required=True)
@@ -296,11 +328,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb, runs in ((latency, 100), (peers, 30)):
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
     option(gpu, "--runs", read.at_least(1, int), 300, "N", "runs of a cell that count (300)")
-    for verb in (latency, peers, gpu, accuracy):
+    text = "write the tables here, not on stdout"
+    for verb in (latency, peers, gpu, accuracy, emulate):
         option(verb, "--json", read.output, None, "FILE", "write all numbers here")
-        option(
-            verb, "--markdown", read.output, None, "FILE", "write the tables here, not on stdout"
-        )
+        option(verb, "--markdown", read.output, None, "FILE", text)
+    for verb in (latency, peers, gpu, accuracy):
         option(verb, "--plot", read.output, None, "FILE", "draw a bar chart here (PNG, SVG)")
     return parser
 
