@@ -82,13 +82,14 @@ def measure(
             row["not_measured"] = subject
             continue
         row |= {"weights": subject.weights.source, "sha256": subject.sha256}
+        clips = expected.clips(subject.weights) if batch == 1 else ()
         versions = machine.versions(RUNTIMES[name].packages)
-        key = key_of({**row, **protocol, "gpu": gpu, "versions": versions})
+        reads = {**row, **protocol, "clips": heard if clips else "", "gpu": gpu}
+        key = key_of({**reads, "versions": versions})
         if key in kept:
             row |= kept[key]
             continue
         window = round(window_s * rate_of(subject.weights))
-        clips = expected.clips(subject.weights) if batch == 1 else ()
         how = (name, precision, batch, window, runs)
         waiting.append((Cell(*how, subject, expected.of(subject.weights), clips), key, row))
     with tqdm(total=len(waiting), desc="cells", unit="cell") as bar:
