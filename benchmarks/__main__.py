@@ -288,8 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "NAME, or NAME=FOLDER with trained files (default tiny whisper_base wav2vec2_base)"
     every = [(name, None) for name in ("default", "tiny", "whisper_base", "wav2vec2_base")]
     option(gpu, "models", read.model, every, "MODEL", text, nargs="*")
-    text = "where graphs and cells are kept"
-    option(gpu, "--out", read.output, None, "DIR", text, required=True)
+    option(gpu, "--out", read.output, None, "DIR", "takes graphs and cells", required=True)
     text = "pretrained checkpoints, for torch to load the network of a run"
     option(gpu, "--weights", read.existing, None, "DIR", text)
     text = "clips to ask trained models for: columns path, and emotion where it is known"
@@ -297,10 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     option(gpu, "--runtimes", read.runtimes, None, "NAME,NAME", "some of them (all)")
     option(gpu, "--batches", read.numbers, [1, 32], "N,N", "windows at once (1,32)")
     option(gpu, "--window", read.at_least(0.5), 3.0, "S", "seconds of audio (3)", dest="window_s")
-    text = "a cell that takes longer is given up (1800)"
+    text = "most time for a cell (1800)"
     option(gpu, "--longest", read.at_least(1), 1800, "S", text, dest="longest_s")
-    text = "make the graphs and stop; a machine without a GPU will do"
-    gpu.add_argument("--prepare", action="store_true", help=text)
+    gpu.add_argument("--prepare", action="store_true", help="make the graphs only: needs no GPU")
     option(accuracy, "recipe", read.existing, None, "RECIPE", "a TOML file with [train]")
     option(match, "recipe", read.existing, None, "RECIPE", "a TOML file whose encoder is a Whisper")
     text = "folder with a folder a corpus"
@@ -323,9 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     option(accuracy, "--variants", read.existing, None, "FILE", text)
     text = "which other tools, such as onnxruntime_dynamic (all that are known)"
     option(accuracy, "--tools", str, None, "NAME,NAME", text)
-    for verb in (latency, peers):
-        option(verb, "--threads", read.numbers, [1, 2], "N,N", "numbers of threads (1,2)")
     for verb, runs in ((latency, 100), (peers, 30)):
+        option(verb, "--threads", read.numbers, [1, 2], "N,N", "numbers of threads (1,2)")
         option(verb, "--runs", int, runs, "N", f"rounds that count ({runs})")
     option(gpu, "--runs", read.at_least(1, int), 300, "N", "runs of a cell that count (300)")
     text = "write the tables here, not on stdout"

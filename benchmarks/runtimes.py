@@ -171,7 +171,7 @@ class TorchEngine:
         self._torch, self._kind, self._compiled = torch, device, compiled
         self._network = torch.compile(network, dynamic=False) if compiled else network
         self._host = torch.zeros(batch, window, pin_memory=device == "cuda")
-        self._samples = self._host.to(device)
+        self._samples = torch.zeros(batch, window, device=device)
         self._step: Callable[[], Any] = self._compute
         if captured:
             self._capture()

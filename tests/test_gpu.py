@@ -358,7 +358,7 @@ def on_l4(tmp_path_factory, bundle):
     lines = ["path,emotion"]
     for name, amplitude, emotion in (
         ("a", 0.05, "calm"), ("b", 0.2, "lively"), ("c", 0.5, "calm"), ("d", 0.9, "loud"),
-        ("e", 0.9, ""),
+        ("e", 0.9, ""), ("f", 0.9, "loud"),
     ):  # fmt: skip
         samples = np.full(9000, amplitude, np.float32)  # two windows, the second too short
         soundfile.write(home / f"{name}.wav", samples, 16_000, subtype="FLOAT")
@@ -406,7 +406,7 @@ def test_clips_are_scored_at_batch_1(first):
     for precision in ("int8", "fp32"):
         accuracy = cells["loud", precision, "tensorrt", 1]["accuracy"]
         assert accuracy == {
-            "clips": 5, "labels_equal": 1.0, "reference": "model.onnx",
+            "clips": 6, "labels_equal": 1.0, "reference": "model.onnx",
             "ua": pytest.approx((1 / 2 + 1 + 1) / 3),
         }  # fmt: skip
         assert "not_measured" in cells["loud", precision, "tensorrt", 4]["accuracy"]
@@ -438,7 +438,7 @@ def test_the_table_of_a_measured_cell(on_l4, first):
     text = (on_l4[1] / "r.md").read_text()
     (line,) = (row for row in text.splitlines() if row.startswith("| 1, int8, TensorRT |"))
     assert line.count("|") == 10
-    assert line.endswith("| 100.0% of 5 | 0.833 |")
+    assert line.endswith("| 100.0% of 6 | 0.833 |")
     assert text.startswith("# GPU: NVIDIA L4\n")
     assert (on_l4[1] / "r.png").read_bytes().startswith(b"\x89PNG")
 
