@@ -17,10 +17,10 @@ from benchmarks.subjects import RATE_HZ, synthetic_speech
 from benchmarks.turns import Row
 from edge_ser.bundle import Metadata
 from edge_ser.engines.base import Engine
-from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import EngineError
 from edge_ser.recognizer import Recognizer
 from edge_ser.timing import WARM_UP, noise
+from export.probe import engine_of
 
 WARM_UP_S = 0.3
 """A GPU raises its clocks after a moment of work only."""
@@ -97,7 +97,7 @@ def expected_of(weights: Weights, window: int, clips: Clips) -> Expected:
     Raises:
         EdgeSerError: ONNX Runtime is not installed, or does not take the graph or a clip.
     """
-    engine = OnnxEngine(weights.reference)
+    engine = engine_of(weights.reference)
     logits = np.concatenate([engine.run(probe[np.newaxis]) for probe in _probes(window)])
     return Expected(logits, _labels(engine, weights.metadata, window, clips))
 

@@ -18,6 +18,7 @@ from benchmarks.pins import resolve
 from benchmarks.report import origin, table
 from benchmarks.saturation import EXACT, LENGTH, SATURATED, with_seven_bits, write_product
 from edge_ser.bundle import Bundle
+from edge_ser.engines import has_vnni
 from edge_ser.errors import DeviceError
 from edge_ser.selftest import TOLERANCE
 from export.corpora import Clip, load_corpora
@@ -51,12 +52,14 @@ class System:
         clips: How many clips it is asked.
         cpu: What is emulated, if anything is.
         machine: Whose graph it takes; None: the runtime chooses.
+        in_float: Whether that graph is computed in float, as INT8 kernels would be wrong.
     """
 
     command: Sequence[str]
     clips: int
     cpu: foreign.Cpu | None = None
     machine: str | None = None
+    in_float: bool = False
 
 
 def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, x86_clips: int) -> Row:
@@ -90,7 +93,7 @@ def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, x86_cl
     own = foreign.own_command()
     systems = {
         HERE: System(own, clips),
-        HERE_S8: System(own, clips, machine="aarch64"),
+        HERE_S8: System(own, clips, machine="aarch64", in_float=not has_vnni()),
         ARM: System(foreign.arm_command(out, wheel), clips, foreign.ARM),
         SSE4: System(foreign.x86_command(out, foreign.SSE4), x86_clips, foreign.SSE4),
         AVX2: System(foreign.x86_command(out, foreign.AVX2), x86_clips, foreign.AVX2),
@@ -111,6 +114,7 @@ def measure(corpora: Path, out: Path, bundles: Sequence[str], clips: int, x86_cl
             job = {
                 "bundle": name if name in bundles else str(bundle.path),
                 "machine": how.machine,
+                "float": how.in_float,
                 "product": str(out / "product.onnx"),
                 "clips": [str(clip.path) for clip in heard[: how.clips]],
             }

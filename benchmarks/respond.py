@@ -35,13 +35,14 @@ def respond(job: dict[str, Any]) -> None:
 
     Args:
         job: The ``bundle``; for which ``machine`` its graph is, None for what the runtime chooses;
-            ``product``, a graph that multiplies 255 by the largest weights; the ``clips``; and how
-            many lines are ``known`` from a run before.
+            whether that graph is computed in ``float``; ``product``, a graph that multiplies 255 by
+            the largest weights; the ``clips``; and how many lines are ``known`` from a run before.
     """
     log = io.StringIO()
     logging.basicConfig(stream=log, format="%(message)s")
     bundle = Bundle.open(job["bundle"])
-    engine = OnnxEngine(bundle.graph(machine=job["machine"]), threads=1)
+    graph = bundle.graph(machine=job["machine"])
+    engine = OnnxEngine(graph, threads=1, float_arithmetic=job["float"])
     if job["machine"]:
         recognizer = Recognizer(bundle.metadata, engine)
     else:

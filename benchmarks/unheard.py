@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
+from benchmarks.integers import exact_engine
 from benchmarks.quantizers import QUANTIZERS, run_quantizer
 from benchmarks.turns import in_child
 from edge_ser.bundle import FP32_GRAPH, X86_GRAPH
-from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export.conditions import spread_over, under_conditions
 from export.corpora import Clip
@@ -191,7 +191,7 @@ def _ask(
 ) -> None:
     """Ask a graph; conditions that a stopped run has asked already are left as they are."""
     metadata = describe(speech, {"temperature": temperature, "abstain_below": 0.0}, None)
-    recognizer = Recognizer(metadata, OnnxEngine(file, threads=1))
+    recognizer = Recognizer(metadata, exact_engine(file))
     places = {clip: place for place, clip in enumerate(part.asked)}
     asked = []
     for condition, heard in under_conditions(part.asked, RATE_HZ):

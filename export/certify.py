@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from edge_ser.adaptation import Adaptation
 from edge_ser.bundle import Metadata, sha256
-from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer
 from export import conditions, metrics
 from export.adapt import measure
@@ -20,6 +19,7 @@ from export.corpora import Clip
 from export.errors import CertificateError
 from export.nonspeech import KINDS, sound
 from export.picture import draw
+from export.probe import engine_of
 from export.scores import brief, score
 from export.speech import Speech
 from export.splits import pooled, speakers
@@ -46,7 +46,7 @@ def predict(
     Returns:
         The probs (N, C), and the calibrated logits (N, C), means over the windows.
     """
-    recognizer = Recognizer(metadata, OnnxEngine(graph))
+    recognizer = Recognizer(metadata, engine_of(graph))
     rows, means = [], []
     for clip in clips:
         spans, logits = recognizer.run(clip.path)
@@ -202,7 +202,7 @@ def doubts(metadata: Metadata, graph: Path, seconds: float = 4.0) -> dict[str, A
         ``minutes``, the share that is ``uncertain``, the same ``by_kind``, and the highest
         ``confidence``.
     """
-    recognizer = Recognizer(metadata, OnnxEngine(graph))
+    recognizer = Recognizer(metadata, engine_of(graph))
     rate_hz = metadata.sample_rate_hz
     count = round(NONSPEECH_MINUTES * 60 / seconds)
     found: dict[str, list[bool]] = {kind: [] for kind in KINDS}

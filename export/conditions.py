@@ -9,11 +9,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from edge_ser.bundle import Metadata
-from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.recognizer import Recognizer, probabilities
 from export import metrics
 from export.corpora import Clip, read_samples
 from export.effects import add_noise
+from export.probe import engine_of
 
 MOST = 200  # clips a row; all that are offered would take longer than everything before
 LENGTHS_S = (1, 3, 7)
@@ -97,7 +97,7 @@ def rows(
         ``kl`` divergence of the answers from full precision in nats, and ``ua`` of both by graph.
     """
     rate_hz = metadata.sample_rate_hz
-    recognizers = [Recognizer(metadata, OnnxEngine(file)) for file in (fp32, int8)]
+    recognizers = [Recognizer(metadata, engine_of(file)) for file in (fp32, int8)]
     found = []
     for name, heard in under_conditions(spread_over(clips, MOST), rate_hz):
         logits = [

@@ -12,11 +12,11 @@ import numpy as np
 
 from edge_ser import audio
 from edge_ser.bundle import ADAPTATION, FP32_GRAPH, Bundle, BundleFile, Metadata, sha256
-from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.samples import sample_paths
 from export import corpora
 from export.card import model_card
 from export.half import HALVES
+from export.probe import engine_of
 from export.speech import RATE_HZ, Speech
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "soxr")
@@ -46,7 +46,7 @@ def write_selftest(graphs: Path, sample: Path, rate_hz: int, window_s: float, fi
     arrays = {f"samples_{i}": part for i, part in enumerate(parts)}
     sources = {half: source for source, half in HALVES.items()}
     for graph in sorted(graphs.glob("model*.onnx")):
-        engine = OnnxEngine(graph.with_name(sources.get(graph.name, graph.name)), threads=1)
+        engine = engine_of(graph.with_name(sources.get(graph.name, graph.name)), threads=1)
         arrays |= {f"{graph.stem}_{i}": engine.run(part[None])[0] for i, part in enumerate(parts)}
     np.savez_compressed(file, **arrays)
 

@@ -8,6 +8,9 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from edge_ser.engines.onnx import OnnxEngine
+from export.pairs import overflows_here
+
 FLOAT_SUMS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """As the runtime opens graphs: what layers with INT8 weights read as float is not rounded there."""
 
@@ -50,16 +53,29 @@ def up_to(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return part
 
 
+def engine_of(graph: Path, threads: int | None = None) -> OnnxEngine:
+    """Return an engine whose answers are those of a processor that cuts off no sums."""
+    exactly = overflows_here(onnx.load(graph))
+    return OnnxEngine(graph, threads=threads, float_arithmetic=exactly)
+
+
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Return a session that runs a graph on the processor."""
-    options = onnxruntime.SessionOptions()
+    """Return a session whose answers are those of a processor that cuts off no sums."""
+    options = _options(model)
     options.log_severity_level = 3  # it warns of every constant that is not read any more
     # A waiting thread must not burn a core that a training beside it needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*FLOAT_SUMS)
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _options(model: onnx.ModelProto) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*FLOAT_SUMS)
+    if overflows_here(model):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def computing(graph: onnx.GraphProto, names: Collection[str]) -> list[onnx.NodeProto]:
@@ -76,8 +92,7 @@ def labels_equal(one: Path, other: Path, windows: Sequence[Floats]) -> float:
     """Return the share of windows that two graphs give the same label."""
     answers = []
     for file in (one, other):
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry(*FLOAT_SUMS)
+        options = _options(onnx.load(file))
         if file.stem.endswith("_fp16"):
             # The optimizer of ONNX Runtime 1.32 gets convolutions between Q/DQ with half scales
             # wrong, by half of a logit; without it the answers are those of onnx.reference.

@@ -27,6 +27,7 @@ from export.centre import centre
 from export.clip import clip_ranges
 from export.debias import correct_biases
 from export.half import make_halves
+from export.pairs import fit_pairs
 from export.probe import Floats
 from export.qdq import (
     QUANTIZED,
@@ -103,8 +104,11 @@ def quantize(
     int8 = calibrate(exact, windows, list(kept))
     if settings.clipping:
         clip_ranges(exact, int8, windows[:ROUNDING_WINDOWS], layers)
+    if settings.pairs:
+        fit_pairs(exact, int8, layers)
     if settings.gptq:
-        round_weights(exact, int8, windows[:ROUNDING_WINDOWS], layers)
+        heard = windows[:ROUNDING_WINDOWS]
+        round_weights(exact, int8, heard, layers, pairs=settings.pairs)
     if settings.bias_correction:
         correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers)
     return exact, int8, layers

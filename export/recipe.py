@@ -126,6 +126,7 @@ class Quantize:
         turning: Whether the channels of attention heads are mixed (see `export.turn`).
         centring: Whether channels are shifted to the middle of their range (see `export.centre`).
         clipping: Whether ranges leave out the rarest values (see `export.clip`).
+        pairs: Whether weights are such that no x86 cuts off their sums (see `export.pairs`).
         gptq: Whether weights are rounded by what they are multiplied by (see `export.rounding`).
         bias_correction: Whether biases make up for shifted means (see `export.debias`).
         labels_equal: Share of the judged windows that must keep their label.
@@ -137,6 +138,7 @@ class Quantize:
     turning: bool = True
     centring: bool = True
     clipping: bool = False
+    pairs: bool = True
     gptq: bool = True
     bias_correction: bool = True
     labels_equal: float = 0.98

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from scipy.linalg import cholesky
 from scipy.linalg.lapack import dtrtri
 
+from export.pairs import LARGEST_SUM
 from export.probe import Floats, tensor_values
 
 DAMPING = 0.01  # of the mean of the diagonal, the paper's; keeps the inverse stable
@@ -25,7 +26,12 @@ BLOCK = 128  # rows between two updates of all that follow: speed only
 
 
 def round_weights(
-    fp32: onnx.ModelProto, int8: onnx.ModelProto, windows: Sequence[Floats], layers: Sequence[str]
+    fp32: onnx.ModelProto,
+    int8: onnx.ModelProto,
+    windows: Sequence[Floats],
+    layers: Sequence[str],
+    *,
+    pairs: bool = False,
 ) -> None:
     """Round the weights of MatMul layers again, in place, with the scales that they have.
 
@@ -34,6 +40,7 @@ def round_weights(
         int8: The Q/DQ graph.
         windows: Calibration speech, each of shape (T,).
         layers: Names of the quantized nodes.
+        pairs: See `round_rows`.
     """
     exact = {tensor.name: tensor for tensor in fp32.graph.initializer}
     constants = {tensor.name: tensor for tensor in int8.graph.initializer}
@@ -51,6 +58,7 @@ def round_weights(
                 numpy_helper.to_array(exact[node.input[1]]),
                 numpy_helper.to_array(constants[scale]),
                 moments[node.input[0]],
+                pairs=pairs,
             )
             constants[weights].CopyFrom(numpy_helper.from_array(found, weights))
 
@@ -98,7 +106,7 @@ def upper_factor(moments: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def round_rows(
-    weights: Floats, scale: Floats, moments: npt.NDArray[np.float64]
+    weights: Floats, scale: Floats, moments: npt.NDArray[np.float64], *, pairs: bool = False
 ) -> npt.NDArray[np.int8]:
     """Round a weight matrix so that its product with such inputs changes little.
 
@@ -106,6 +114,7 @@ def round_rows(
         weights: ``(D, O)``.
         scale: Size of a step, of each column ``(O,)`` or of all ``()``.
         moments: Sum of outer products of inputs, ``(D, D)``.
+        pairs: Whether no pair of rows may overflow 16 bits, see `export.pairs`.
 
     Returns:
         Whole steps from -127 to 127, ``(D, O)``.
@@ -116,12 +125,18 @@ def round_rows(
     )  # the loudest inputs first, while all others can still help
     left = weights[order].astype(np.float64)
     factor = upper_factor(damped[np.ix_(order, order)])
-    steps = np.empty(left.shape, np.int8)
+    steps = np.zeros(left.shape, np.int8)
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = np.empty((stop - start, left.shape[1]))
         for row in range(start, stop):
-            whole = np.clip(np.round(left[row] / scale), -127, 127)
+            least, most = -127, 127
+            partner = order[row] ^ 1
+            if pairs and partner < len(left):  # its row is 0 as long as it is not rounded
+                beside = steps[partner].astype(int)
+                least = np.maximum(least, -LARGEST_SUM - beside.clip(max=0))
+                most = np.minimum(most, LARGEST_SUM - beside.clip(min=0))
+            whole = np.clip(np.round(left[row] / scale), least, most)
             steps[order[row]] = whole
             errors[row - start] = (left[row] - whole * scale) / factor[row, row]
             left[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], errors[row - start])

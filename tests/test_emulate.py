@@ -95,7 +95,10 @@ def product(tmp_path):
 
 
 def job(bundle, product, clips, machine=None):
-    return {"bundle": str(bundle), "machine": machine, "product": str(product), "clips": clips}
+    return {
+        "bundle": str(bundle), "machine": machine, "float": False, "product": str(product),
+        "clips": clips,
+    }  # fmt: skip
 
 
 def test_a_process_answers_as_the_runtime_does(tmp_path, product):
@@ -119,6 +122,13 @@ def test_the_graph_of_another_machine_can_be_asked(tmp_path, product):
     asked = job(bundle, product, SAMPLES[:1], "aarch64")
     told, _ = ask(foreign.own_command(), asked, tmp_path / "answers", {})
     assert told["graph"] == INT8_GRAPH
+
+
+def test_a_graph_can_be_asked_in_float(tmp_path, product):
+    bundle = make_bundle(tmp_path / "bundle")
+    asked = {**job(bundle, product, SAMPLES[:1], "aarch64"), "float": True}
+    told, _ = ask(foreign.own_command(), asked, tmp_path / "answers", {})
+    assert told["graph"] == f"{INT8_GRAPH} (float)"
 
 
 def test_a_run_that_was_stopped_goes_on_after_the_last_whole_line(tmp_path, product):
@@ -291,7 +301,7 @@ def test_arm_answers_as_this_machine_does_with_the_same_graph(tmp_path, product,
     except (ImportError, DeviceError) as exc:
         pytest.skip(str(exc))
     told, *found = ask(command, job("tiny", product, SAMPLES), tmp_path / "answers", {})
-    asked = job("tiny", product, SAMPLES, "aarch64")
+    asked = {**job("tiny", product, SAMPLES, "aarch64"), "float": not has_vnni()}
     own, *expected = ask(foreign.own_command(), asked, tmp_path / "own", {})
     assert (told["machine"], told["graph"]) == ("aarch64", INT8_GRAPH)
     assert (told["vnni"], told["products"], told["log"]) == (False, [EXACT], [])
@@ -299,7 +309,7 @@ def test_arm_answers_as_this_machine_does_with_the_same_graph(tmp_path, product,
     assert told["deviation"] < 1e-3
     row = compare(found, expected)
     assert (row["clips"], row["labels_equal"]) == (3, 1)
-    assert row["largest"] < 1e-3
+    assert row["largest"] < (1e-3 if has_vnni() else 1e-2)  # float kernels round elsewhere
     assert facts([told, *found], [own])["resampled_apart"] < 1e-5
     # What is there is not fetched again.
     assert foreign.arm_command(tmp_path, wheel) == command

@@ -28,6 +28,7 @@ from edge_ser.bundle import sha256
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import BundleError, DeviceError, EdgeSerError, EngineError
 from edge_ser.testing import FakeEngine, make_bundle
+from export.probe import engine_of
 from tests.test_wav2vec2 import SIZES
 
 HERE = cuda_runtime.cudaGetDeviceCount()[0] == cuda_runtime.cudaError_t.cudaSuccess
@@ -155,8 +156,8 @@ def test_without_a_folder_weights_are_random_and_the_embedded_int8_is_trained(wh
     int8 = whisper.graphs["int8"]
     assert int8.weights.metadata.name == "tiny"
     window = synthetic_speech(1, 1.0, seed=3)[0][None]
-    expected = OnnxEngine(int8.weights.reference).run(window)
-    np.testing.assert_allclose(OnnxEngine(int8.file).run(window), expected, atol=0.1)
+    expected = engine_of(int8.weights.reference).run(window)
+    np.testing.assert_allclose(engine_of(int8.file).run(window), expected, atol=0.1)
     fp32 = OnnxEngine(whisper.graphs["fp32"].file).run(window)
     with torch.inference_mode():
         logits, _ = whisper.network.load()(torch.from_numpy(window))
