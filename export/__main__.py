@@ -125,6 +125,11 @@ def _add_quantize(verbs: Any) -> None:
         help="Whisper: hear windows as long as they are, not filled up with silence to 30 s",
     )
     own.add_argument(
+        "--any-x86",
+        action="store_true",
+        help="keep weights so small that INT8 is right, and fast, on x86 without VNNI as well",
+    )
+    own.add_argument(
         "--allow-uncertified",
         action="store_true",
         help="pack a model that misses the gate; the bundle says so",
@@ -164,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.verb == "quantize":
             from export.own import Own, quantize_model
-            from export.recipe import Windows
+            from export.recipe import Quantize, Windows
 
             quantize_model(
                 Own(
                     args.model, args.calibration, args.evaluation, args.out, args.name,
                     Windows(args.window, args.hop), args.labels, not args.unpadded,
-                    args.allow_uncertified, args.json,
+                    Quantize(pairs=args.any_x86), args.allow_uncertified, args.json,
                 )
             )  # fmt: skip
             return 0

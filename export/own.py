@@ -49,6 +49,7 @@ class Own:
         windows: How the runtime is to cut clips.
         labels: In the order of the logits; needed for an ONNX file.
         padded: See `export.finetuned.load_finetuned`.
+        settings: How INT8 is made.
         uncertified: Whether a model that misses the gate is packed all the same, and says so.
         json: Takes what `export.costs.costs` returns.
     """
@@ -61,6 +62,7 @@ class Own:
     windows: Windows = field(default_factory=lambda: Windows(4.0, 1.0))
     labels: tuple[str, ...] = ()
     padded: bool = True
+    settings: Quantize = field(default_factory=Quantize)
     uncertified: bool = False
     json: Path | None = None
 
@@ -114,9 +116,9 @@ def quantize_model(own: Own) -> Path:
     metadata = _metadata(own, name, labels, **known)
 
     def quantize(folder: Path) -> None:
-        make_int8(folders["graph"], windows(calibration), windows(choosing), Quantize(), folder)
+        make_int8(folders["graph"], windows(calibration), windows(choosing), own.settings, folder)
 
-    key = run_stage(folders["quantize"], {"after": key}, quantize)
+    key = run_stage(folders["quantize"], {"after": key, "settings": own.settings}, quantize)
     emotions = [[clip.emotion, clip.speaker_key] for clip in asked]
     reads = {"after": key, "asked": emotions, "allowed": own.uncertified}
     make = partial(_certify, own, metadata, folders, calibration, judged, asked)

@@ -138,7 +138,7 @@ class Quantize:
     turning: bool = True
     centring: bool = True
     clipping: bool = False
-    pairs: bool = True
+    pairs: bool = False
     gptq: bool = True
     bias_correction: bool = True
     labels_equal: float = 0.98

@@ -18,6 +18,7 @@ from export.adopt import adopt
 from export.corpora import load_corpora, read_samples
 from export.encoders.wav2vec2 import normalised
 from export.errors import RecipeError
+from export.pairs import largest_sum
 from tests.speech_corpus import LABELS, make_corpora
 from tests.test_wav2vec2 import SIZES
 
@@ -165,7 +166,7 @@ def test_an_onnx_file_becomes_a_bundle_without_labelled_speech(home, tmp_path, c
 def test_a_model_that_misses_the_gate_is_refused_or_says_so(home, monkeypatch, capsys):
     monkeypatch.setattr("export.certify.LABELS_EQUAL", 1.01)  # nothing reaches that
     test = str(home / "test.csv")
-    more = ("--evaluation", test, "--name", "missed")
+    more = ("--evaluation", test, "--name", "missed", "--any-x86")
     assert main(command(home, home / "mine", *more)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("export: int8 keeps ")
@@ -177,6 +178,9 @@ def test_a_model_that_misses_the_gate_is_refused_or_says_so(home, monkeypatch, c
     assert main(command(home, home / "mine", *more, "--allow-uncertified")) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("NOT certified: ")
     assert not Bundle.open(folder).metadata.certified
+    assert largest_sum(onnx.load(folder / "model_int8.onnx")) <= 128  # --any-x86
+    plain = home / "out" / "mine" / "bundle" / "model_int8.onnx"
+    assert largest_sum(onnx.load(plain)) > 128
     assert "NOT certified" in (folder / "README.md").read_text()
     assert edge_ser(["info", "--bundle", str(folder)]) == 0
     assert "certified  no: " in capsys.readouterr().out

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_ser.engines import has_vnni
-from export.pairs import as_weight, fit_pairs, neighbours, overflows_here, pair_sums
+from export.pairs import (
+    as_weight,
+    fit_pairs,
+    largest_sum,
+    neighbours,
+    overflows_here,
+    pair_sums,
+)
 from export.probe import session_of
 from export.qdq import unsigned
 from export.quantize import calibrate
@@ -139,6 +146,7 @@ def test_fitted_weights_give_the_same_sums_on_every_x86(model, windows, by_input
     found = answers(unsigned(int8), windows)
     np.testing.assert_allclose(found, answers(unsigned(int8), windows, exactly=True), rtol=1e-2)
     np.testing.assert_allclose(found, answers(model, windows), rtol=3e-2)
+    assert 120 <= largest_sum(int8) <= 128
     assert not overflows_here(int8)
 
 
