@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_ser.bundle import GPU_GRAPHS, Bundle
 from edge_ser.engines import open_engine
 from edge_ser.engines.base import Engine
-from edge_ser.errors import AudioError, EdgeSerError
+from edge_ser.errors import AudioError, EdgeSerError, EngineError
 from edge_ser.prediction import Prediction
 from edge_ser.recognizer import Recognizer
 from edge_ser.selftest import TOLERANCE, deviation
@@ -61,7 +61,11 @@ def verify(
             if precision != "int8" and not {*GPU_GRAPHS[precision]} & {*present}:
                 continue
             check = f"labels {precision}"
-            opened = _open(bundle, engine, precision)
+            try:
+                opened = _open(bundle, engine, precision)
+            except EngineError:  # without VNNI it is the self-test that decides what is opened
+                check = f"self-test {precision}"
+                raise
             yield Check(check, True, ", ".join(bundle.metadata.labels))
             check = f"self-test {precision}"
             off = deviation(bundle, opened)

@@ -274,7 +274,9 @@ def test_verify_of_a_changed_bundle_fails(tmp_path, capsys):
     )
 
 
-def test_verify_of_a_bundle_that_computes_something_else_fails(tmp_path, capsys):
+@pytest.mark.parametrize("vnni", [True, False])
+def test_verify_of_a_bundle_that_computes_something_else_fails(tmp_path, vnni, monkeypatch, capsys):
+    monkeypatch.setattr("edge_ser.engines.has_vnni", lambda: vnni)
     folder = make_bundle(tmp_path / "b")
     weights = folder / "model_int8.bin"
     weights.write_bytes(np.array([0, 8, 80], "<f4").tobytes())

@@ -82,7 +82,7 @@ def test_a_checkpoint_becomes_graphs_of_the_same_answers(small, home):
     with torch.inference_mode():
         logits, _ = small.network.load()(torch.from_numpy(windows))
     np.testing.assert_allclose(logits, fp32, atol=1e-4)
-    int8 = OnnxEngine(small.graphs["int8"].file.with_name("model_int8.onnx")).run(windows)
+    int8 = engine_of(small.graphs["int8"].file.with_name("model_int8.onnx")).run(windows)
     assert 1e-4 < np.abs(int8 - fp32).max() / np.abs(fp32).max() < 0.2
 
 
