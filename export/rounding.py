@@ -7,7 +7,6 @@ INT8 weights make at the output of a layer 2 to 20 times.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,7 @@ def round_weights(
     *,
     pairs: bool = False,
 ) -> None:
-    """Round the weights of MatMul layers again, in place, with the scales that they have.
+    """Round the weights of MatMul layers again, and choose the size of their steps, in place.
 
     Args:
         fp32: The full-precision graph; nodes and weights have the same names.
@@ -127,12 +126,12 @@ def round_best(
     Returns:
         Whole steps from -127 to 127, ``(D, O)``, and their size, as ``scale`` is.
     """
-    order, factor = _order(moments)
+    order, factor = ordered(moments)
     least = np.full(np.shape(scale), np.inf)
     chosen, size = np.zeros(weights.shape, np.int8), np.array(scale, np.float32)
     for share in SHARES:
         tried = np.asarray(scale * np.float32(share), np.float32)
-        steps = _round(weights, tried, order, factor, pairs=pairs)
+        steps = round_rows(weights, tried, order, factor, pairs=pairs)
         change = weights - steps * tried
         errors = (change * (moments @ change)).sum(axis=0)
         errors = errors if least.ndim else errors.sum()
@@ -142,39 +141,36 @@ def round_best(
     return chosen, size
 
 
-def round_rows(
-    weights: Floats, scale: Floats, moments: npt.NDArray[np.float64], *, pairs: bool = False
-) -> npt.NDArray[np.int8]:
-    """Round a weight matrix so that its product with such inputs changes little.
-
-    Args:
-        weights: ``(D, O)``.
-        scale: Size of a step, of each column ``(O,)`` or of all ``()``.
-        moments: Sum of outer products of inputs, ``(D, D)``.
-        pairs: Whether no pair of rows may overflow 16 bits, see `export.pairs`.
-
-    Returns:
-        Whole steps from -127 to 127, ``(D, O)``.
-    """
-    return _round(weights, scale, *_order(moments), pairs=pairs)
-
-
-def _order(moments: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], Any]:
-    """Return the order of the rows, and the factor of what they do together in it."""
+def ordered(
+    moments: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the order of the rows, (D,), and the `upper_factor` of their moments in it, (D, D)."""
     damped = moments + np.eye(len(moments)) * max(DAMPING * np.diag(moments).mean(), 1e-12)
     # The loudest inputs first, while all others can still help.
     order = np.argsort(-np.diag(damped))
     return order, upper_factor(damped[np.ix_(order, order)])
 
 
-def _round(
+def round_rows(
     weights: Floats,
     scale: Floats,
     order: npt.NDArray[np.int64],
     factor: npt.NDArray[np.float64],
     *,
-    pairs: bool,
+    pairs: bool = False,
 ) -> npt.NDArray[np.int8]:
+    """Round a weight matrix so that its product with such inputs changes little.
+
+    Args:
+        weights: ``(D, O)``.
+        scale: Size of a step, of each column ``(O,)`` or of all ``()``.
+        order: As `ordered` returns it.
+        factor: The same.
+        pairs: Whether no pair of rows may overflow 16 bits, see `export.pairs`.
+
+    Returns:
+        Whole steps from -127 to 127, ``(D, O)``.
+    """
     left = weights[order].astype(np.float64)
     steps = np.zeros(left.shape, np.int8)
     for start in range(0, len(left), BLOCK):

@@ -3,8 +3,7 @@
 Both parts are multiplied by the same INT8 weights and the products added. So a layer reads values
 of about 16 bits and takes twice the time of an INT8 layer, where float would take several times as
 long, and the file grows by nothing: most of what INT8 costs is the rounding of values, since
-`export.rounding` chooses the weights by what they are multiplied by. What is left if all layers of
-six Whisper-base layers read their values so is a third, at 1 s (one fold, 346 clips).
+`export.rounding` chooses the weights by what they are multiplied by.
 """
 
 from collections.abc import Collection

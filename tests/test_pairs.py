@@ -19,7 +19,7 @@ from export.pairs import (
 from export.probe import session_of
 from export.qdq import unsigned
 from export.quantize import calibrate
-from export.rounding import round_rows, round_weights
+from export.rounding import ordered, round_rows, round_weights
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 SHAPES = {"Conv": (6, 5, 3), "Gemm": (6, 15), "MatMul": (15, 6)}
@@ -76,7 +76,7 @@ def test_rounding_by_inputs_leaves_no_pair_that_overflows(dim, seed, pairs):
     rng = np.random.default_rng(seed)
     weights = rng.uniform(-1, 1, (dim, 3)).astype(np.float32)
     inputs = rng.normal(size=(20, dim))
-    steps = round_rows(weights, np.full(3, 1 / 127), inputs.T @ inputs, pairs=pairs)
+    steps = round_rows(weights, np.full(3, 1 / 127), *ordered(inputs.T @ inputs), pairs=pairs)
     assert np.abs(steps.astype(int)).max() <= 127
     if pairs:
         assert pair_sums(steps).max() <= 128
