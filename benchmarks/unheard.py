@@ -29,7 +29,7 @@ from export.graph import export_graph
 from export.model import load_classifier
 from export.pack import describe
 from export.probe import Floats
-from export.quantize import give_back, quantize, write_int8
+from export.quantize import quantize, quantize_within, write_int8
 from export.recipe import Quantize
 from export.speech import RATE_HZ, Speech
 from export.splits import pooled, speakers
@@ -172,10 +172,13 @@ def _quantize(
     settings: Quantize,
     folder: Path,
 ) -> None:
-    exact, int8, layers = quantize(onnx.load(fp32), windows, settings)
+    model = onnx.load(fp32)
     given_back: list[str] = []
     if settings.most_float:
-        int8, given_back, *_ = give_back(exact, int8, layers, windows, judged, settings)
+        made = quantize_within(model, windows, judged, settings)
+        int8, given_back = made.int8, made.given_back
+    else:
+        _, int8, _ = quantize(model, windows, settings)
     write_int8(int8, folder, given_back)
     (folder / GIVEN_BACK).write_text(json.dumps(given_back))
 

@@ -9,7 +9,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,9 @@ from export.qdq import (
     with_float_sums,
 )
 from export.recipe import Quantize
-from export.rounding import round_weights
+from export.rounding import ROUNDING_WINDOWS, round_weights
 from export.sensitivity import (
+    FRONT,
     apart,
     front,
     logits_of,
@@ -49,7 +51,6 @@ from export.smooth import even_out
 from export.turn import turn
 from export.twice import x86_form
 
-ROUNDING_WINDOWS = 128
 DEBIAS_WINDOWS = 48  # each level's turn runs all of them
 WALK_WINDOWS = 24  # each layer's turn runs all of them
 
@@ -72,7 +73,10 @@ class WindowReader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(
-    fp32: onnx.ModelProto, windows: Sequence[Floats], settings: Quantize | None = None
+    fp32: onnx.ModelProto,
+    windows: Sequence[Floats],
+    settings: Quantize | None = None,
+    given_back: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, onnx.ModelProto, list[str]]:
     """Quantize every layer that `export.qdq.float_nodes` does not name.
 
@@ -80,6 +84,7 @@ def quantize(
         fp32: The full-precision graph; left as it is.
         windows: Calibration speech, each of shape (T,).
         settings: The recipe's; what they say of the cost is not looked at.
+        given_back: Layers that will not round what they read: factors and biases are made for that.
 
     Returns:
         Full precision, turned, centred and evened out, which changes nothing; the signed Q/DQ
@@ -99,7 +104,7 @@ def quantize(
         centre(exact, layers, windows)
         drop_unused(exact.graph)
     if settings.smoothing:
-        even_out(exact, layers, windows, settings.smoothing)
+        even_out(exact, layers, windows, settings.smoothing, given_back)
         drop_unused(exact.graph)
     int8 = calibrate(exact, windows, list(kept))
     if settings.clipping:
@@ -110,7 +115,7 @@ def quantize(
         heard = windows[:ROUNDING_WINDOWS]
         round_weights(exact, int8, heard, layers, pairs=settings.pairs)
     if settings.bias_correction:
-        correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers)
+        correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers, list(given_back))
     return exact, int8, layers
 
 
@@ -181,47 +186,79 @@ def write_int8(int8: onnx.ModelProto, folder: Path, given_back: Sequence[str] = 
     )
 
 
-def give_back(
-    exact: onnx.ModelProto,
-    int8: onnx.ModelProto,
-    layers: Sequence[str],
+@dataclass(frozen=True)
+class Within:
+    """INT8 that holds its bounds, as far as the recipe allows.
+
+    Attributes:
+        exact: Full precision, its tensors called as those of ``plain``.
+        plain: The signed Q/DQ graph with no layer given back.
+        int8: That with these: its factors and biases are made for them.
+        given_back: Names of the layers that do not round what they read.
+        alone: What the rounding of each layer costs alone, see `walk`.
+        left: What is left of the cost, see `apart`.
+    """
+
+    exact: onnx.ModelProto
+    plain: onnx.ModelProto
+    int8: onnx.ModelProto
+    given_back: list[str]
+    alone: dict[str, float]
+    left: dict[str, float]
+
+
+def quantize_within(
+    fp32: onnx.ModelProto,
     windows: Sequence[Floats],
     judged: Sequence[Floats],
     settings: Quantize,
-) -> tuple[onnx.ModelProto, list[str], dict[str, float], dict[str, float]]:
-    """Let layers read what is not rounded until judged windows are answered alike.
+) -> Within:
+    """Quantize, and let as few layers as possible read what is not rounded.
 
     Args:
-        exact: Full precision.
-        int8: Its signed Q/DQ graph.
-        layers: Names of the quantized nodes.
+        fp32: The full-precision graph; left as it is.
         windows: Calibration speech, each of shape (T,).
         judged: Speech that was not calibrated with, each of shape (T,).
         settings: The recipe's.
 
     Returns:
-        The signed Q/DQ graph, its biases those for these layers; their names, as few as hold the
-        bounds, or as many as the recipe allows; what the rounding of each layer costs alone, see
-        `walk`; and what is left of the cost, see `apart`.
+        The graphs, with as few layers given back as hold the bounds, or as many as are allowed.
     """
-    alone = walk(exact, int8, layers, _some(judged))
-    expected = logits_of(exact, judged)
-    heard = softened(windows)[:DEBIAS_WINDOWS]
-    given_back: list[str] = []
-    chosen = onnx.ModelProto.FromString(int8.SerializeToString())
-    for layer in [*order_to_give_back(int8, alone)[: settings.most_float], None]:
-        left = apart(expected, logits_of(x86_form(chosen, given_back), judged))
+    expected = logits_of(fp32, judged)
+
+    def left_of(int8: onnx.ModelProto, given_back: list[str]) -> dict[str, float]:
+        left = apart(expected, logits_of(x86_form(int8, given_back), judged))
         tqdm.write(
             f"quantize: with {len(given_back)} layers given back {left['labels_equal']:.1%} of the "
             f"judged windows keep their label, answers are {left['divergence']:.1e} nats apart"
         )
-        held = left["labels_equal"] >= settings.labels_equal
-        if layer is None or (held and left["divergence"] <= settings.divergence):
-            break
-        given_back.append(layer)
-        if settings.bias_correction:
-            correct_biases(exact, chosen, heard, [layer], given_back)
-    return chosen, given_back, alone, left
+        return left
+
+    def held(left: dict[str, float]) -> bool:
+        equal = left["labels_equal"] >= settings.labels_equal
+        return equal and left["divergence"] <= settings.divergence
+
+    exact, plain, layers = quantize(fp32, windows, settings)
+    alone = walk(exact, plain, layers, _some(judged))
+    order = order_to_give_back(plain, alone)[: settings.most_float]
+    found = Within(exact, plain, plain, [], alone, left_of(plain, []))
+    if held(found.left) or not order:
+        return found
+
+    def with_first(count: int) -> Within:
+        names = order[:count]
+        _, int8, _ = quantize(fp32, windows, settings, names)
+        return replace(found, int8=int8, given_back=names, left=left_of(int8, names))
+
+    few, best = 0, with_first(len(order))
+    # Each number of layers asks for a graph of its own: halving asks for few of them.
+    while held(best.left) and len(best.given_back) - few > 1:
+        tried = with_first((few + len(best.given_back)) // 2)
+        if held(tried.left):
+            best = tried
+        else:
+            few = len(tried.given_back)
+    return best
 
 
 def _some(windows: Sequence[Floats]) -> Sequence[Floats]:
@@ -237,8 +274,8 @@ def make_int8(
 ) -> None:
     """The stage: INT8 graphs, full precision, both in half, and ``quantization.json``.
 
-    As long as the judged windows are answered too differently, one layer more no longer rounds what
-    it reads, see `export.sensitivity.order_to_give_back`. A head that was trained again on all
+    Where the judged windows are answered too differently, some layers no longer round what they
+    read, see `export.sensitivity.order_to_give_back`. A head that was trained again on all
     speakers has heard those of the validation, and its labels on them are safer than on others; so
     the divergence of the answers is looked at as well.
 
@@ -250,17 +287,19 @@ def make_int8(
         folder: Takes the files.
     """
     model = onnx.load(graph / "model.onnx")
-    exact, int8, layers = quantize(model, windows, settings)
-    chosen, given_back, alone, left = give_back(exact, int8, layers, windows, judged, settings)
-    write_int8(chosen, folder, given_back)
+    made = quantize_within(model, windows, judged, settings)
+    write_int8(made.int8, folder, made.given_back)
     some = _some(judged)
-    reasons = {name: f"alone {alone[name]:.1e} nats; weights INT8" for name in given_back}
+    order = order_to_give_back(made.plain, made.alone)
+    fronts = {n: x86_form(made.plain, order[:n]) for n in FRONT if n < len(order)}
+    fronts[len(made.given_back)] = x86_form(made.int8, made.given_back)
+    reasons = {name: f"alone {made.alone[name]:.1e} nats; weights INT8" for name in made.given_back}
     found = {
         "float_nodes": {**float_nodes(model.graph), **reasons},
-        "given_back": given_back,
-        "validation": left,
-        "alone": alone,
-        "front": front(exact, int8, order_to_give_back(int8, alone), some, len(given_back)),
+        "given_back": made.given_back,
+        "validation": made.left,
+        "alone": made.alone,
+        "front": front({**dict(sorted(fronts.items())), len(order): made.exact}, some),
     }
     shutil.copyfile(graph / "model.onnx", folder / "model.onnx")
     found["half_labels_equal"] = make_halves(folder, windows[:8], some)

@@ -18,13 +18,11 @@ from scipy.linalg.lapack import dtrtri
 from export.pairs import LARGEST_SUM
 from export.probe import Floats, tensor_values
 
+ROUNDING_WINDOWS = 128  # of calibration speech: whose moments are looked at
 DAMPING = 0.01  # of the mean of the diagonal, the paper's; keeps the inverse stable
 HELD_BYTES = (
     2 << 30
 )  # a graph of 315 million parameters asks for 4e9, and is run once for each part
-SHARES = (1.0, 0.9, 0.8, 0.7)
-"""Of the steps that reach the largest weight, that are tried."""
-
 BLOCK = 128  # rows between two updates of all that follow: speed only
 
 
@@ -36,7 +34,7 @@ def round_weights(
     *,
     pairs: bool = False,
 ) -> None:
-    """Round the weights of MatMul layers again, and choose the size of their steps, in place.
+    """Round the weights of MatMul layers again, in place.
 
     Args:
         fp32: The full-precision graph; nodes and weights have the same names.
@@ -57,13 +55,12 @@ def round_weights(
             if node.input[0] not in moments:
                 continue
             weights, scale, _ = scaled[rounded[node.name].input[1]].input
-            found, size = round_best(
+            found = round_rows(
                 numpy_helper.to_array(exact[node.input[1]]),
                 numpy_helper.to_array(constants[scale]),
-                moments[node.input[0]],
+                *ordered(moments[node.input[0]]),
                 pairs=pairs,
             )
-            constants[scale].CopyFrom(numpy_helper.from_array(size, scale))
             constants[weights].CopyFrom(numpy_helper.from_array(found, weights))
 
 
@@ -109,38 +106,6 @@ def upper_factor(moments: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(inverse)
 
 
-def round_best(
-    weights: Floats, scale: Floats, moments: npt.NDArray[np.float64], *, pairs: bool = False
-) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Round with smaller steps as well, and keep for each column those that change least.
-
-    The largest weight of a column decides the size of its steps; others gain by smaller ones, and
-    make up for what is cut off of the largest.
-
-    Args:
-        weights: ``(D, O)``.
-        scale: Size of the steps that reach all weights, of each column ``(O,)`` or of all ``()``.
-        moments: Sum of outer products of inputs, ``(D, D)``.
-        pairs: Whether no pair of rows may overflow 16 bits, see `export.pairs`.
-
-    Returns:
-        Whole steps from -127 to 127, ``(D, O)``, and their size, as ``scale`` is.
-    """
-    order, factor = ordered(moments)
-    least = np.full(np.shape(scale), np.inf)
-    chosen, size = np.zeros(weights.shape, np.int8), np.array(scale, np.float32)
-    for share in SHARES:
-        tried = np.asarray(scale * np.float32(share), np.float32)
-        steps = round_rows(weights, tried, order, factor, pairs=pairs)
-        change = weights - steps * tried
-        errors = (change * (moments @ change)).sum(axis=0)
-        errors = errors if least.ndim else errors.sum()
-        better = errors < least
-        least, size = np.where(better, errors, least), np.where(better, tried, size)
-        chosen = np.where(better, steps, chosen)
-    return chosen, size
-
-
 def ordered(
     moments: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -149,6 +114,20 @@ def ordered(
     # The loudest inputs first, while all others can still help.
     order = np.argsort(-np.diag(damped))
     return order, upper_factor(damped[np.ix_(order, order)])
+
+
+def left_of_rows(moments: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return how much of the squared rounding error of a row is left at the output, (D,).
+
+    The rows that are rounded behind it have taken up the rest.
+
+    Args:
+        moments: Sum of outer products of inputs, ``(D, D)``.
+    """
+    order, factor = ordered(moments)
+    left = np.empty(len(moments))
+    left[order] = 1 / np.square(np.diag(factor))
+    return left
 
 
 def round_rows(

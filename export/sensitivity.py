@@ -15,7 +15,6 @@ from tqdm import tqdm
 from export import metrics
 from export.probe import Floats, session_of
 from export.qdq import as_float, unsigned
-from export.twice import x86_form
 
 FRONT = (0, 1, 2, 4, 8)
 """Float layers of the graphs that are compared."""
@@ -82,30 +81,20 @@ def apart(expected: Logits, found: Logits) -> dict[str, float]:
     return {"labels_equal": same, "divergence": divergence(expected, found)}
 
 
-def front(
-    exact: onnx.ModelProto,
-    int8: onnx.ModelProto,
-    worst: Sequence[str],
-    windows: Sequence[Floats],
-    chosen: int = 0,
-) -> list[dict[str, Any]]:
-    """Compare graphs with ever more layers given back, and full precision.
+def front(graphs: Mapping[int, onnx.ModelProto], windows: Sequence[Floats]) -> list[dict[str, Any]]:
+    """Compare graphs with ever more layers given back.
 
     Args:
-        exact: Full precision.
-        int8: Its signed Q/DQ graph.
-        worst: The layers, the worst first.
+        graphs: As x86 runs them, by how many layers are given back, in order; the last one is full
+            precision.
         windows: Speech, each of shape (T,).
-        chosen: Float layers of one more graph to compare.
 
     Returns:
         For each how many ``float_layers``, ``mb`` of weights, the ``divergence`` in nats, and the
         ``time``: the median over windows, heard by all graphs in turns, of the share of what full
         precision takes.
     """
-    counts = sorted(count for count in {*FRONT, chosen} if count < len(worst))
-    models = [x86_form(int8, worst[:count]) for count in counts]
-    sessions = [session_of(model) for model in (*models, exact)]
+    sessions = [session_of(model) for model in graphs.values()]
     answers: list[list[Logits]] = [[] for _ in sessions]
     taken: list[list[float]] = [[] for _ in sessions]
     for window in windows:
@@ -121,9 +110,7 @@ def front(
             "divergence": divergence(expected, np.concatenate(found)),
             "time": statistics.median(a / b for a, b in zip(seconds, taken[-1], strict=True)),
         }
-        for count, model, found, seconds in zip(
-            [*counts, len(worst)], [*models, exact], answers, taken, strict=True
-        )
+        for (count, model), found, seconds in zip(graphs.items(), answers, taken, strict=True)
     ]
 
 

@@ -5,23 +5,36 @@ levels out of 256. Dividing each input channel of a layer by a factor, and multi
 weights for that channel by it, changes nothing in full precision. Behind a LayerNormalization or
 attention, the division goes into constants and costs nothing; elsewhere it is a Mul, which must be
 worth its time.
+
+What is taken from the activations makes weights harder to round. A layer that is given back no
+longer rounds what it reads, so its factors are those that its weights are rounded best with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+import torch
 from onnx import helper, numpy_helper
 
 from export.probe import Floats, tensor_values
+from export.rounding import ROUNDING_WINDOWS, held_at_once, left_of_rows, second_moments
 from export.upstream import give, scaling
 
 # Of the squared error that rounding makes, the most that an extra multiplication may leave.
 WORTH = 0.5
 
+STEPS, RATE = 100, 0.1
+"""Of the search for factors: ten times as many steps lower the error by less than 0.3 %."""
+
 
 def even_out(
-    model: onnx.ModelProto, layers: Sequence[str], windows: Sequence[Floats], strength: float
+    model: onnx.ModelProto,
+    layers: Sequence[str],
+    windows: Sequence[Floats],
+    strength: float,
+    given_back: Collection[str] = (),
 ) -> None:
     """Even out the channels that layers read, in place.
 
@@ -31,11 +44,24 @@ def even_out(
         windows: Calibration speech, each of shape (T,).
         strength: How much goes to the weights, 0 to 1: the paper's alpha. Above its 0.5, because
             `rounding` makes weights cheaper to round than activations.
+        given_back: Those of them that will not round what they read. Where all that read a tensor
+            are such MatMul, only their weights count.
     """
     nodes = [node for node in model.graph.node if node.name in set(layers)]
-    for tensor, loudest in channel_maxima(model, nodes, windows).items():
-        readers = [node for node in nodes if node.input[0] == tensor]
-        _even_tensor(model.graph, tensor, readers, loudest, strength)
+    loudest = channel_maxima(model, nodes, windows)
+    readers = {name: [node for node in nodes if node.input[0] == name] for name in loudest}
+    exact = {
+        name: len(loudest[name])
+        for name, those in readers.items()
+        if all(node.op_type == "MatMul" and node.name in given_back for node in those)
+    }
+    left = {
+        name: left_of_rows(moments)
+        for names in held_at_once(exact)
+        for name, moments in second_moments(model, names, windows[:ROUNDING_WINDOWS]).items()
+    }
+    for name, those in readers.items():
+        _even_tensor(model.graph, name, those, loudest[name], strength, left.get(name))
 
 
 def channel_maxima(
@@ -57,21 +83,20 @@ def _even_tensor(
     layers: Sequence[onnx.NodeProto],
     loudest: Floats,
     strength: float,
+    left: npt.NDArray[np.float64] | None,
 ) -> None:
     constants = {constant.name: constant for constant in graph.initializer}
     weights = [
         exchange_channels(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
     ]  # (in, ...)
-    # A channel that calibration speech hardly excites may be loud in other speech.
-    loudest = np.maximum(loudest, np.median(loudest))
-    heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
-    factor = np.maximum(loudest, 1e-5) ** strength / np.maximum(heaviest, 1e-5) ** (1 - strength)
-    factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    if left is None:
+        factor, gain = _factors(loudest, weights, strength)
+    else:
+        factor, gain = factors_of_weights(np.concatenate(weights, axis=1), left)
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
     free = scaling(graph, tensor) if len(readers) == len(layers) else []
-    squares = sum(np.square(weight).reshape(len(weight), -1).sum(axis=1) for weight in weights)
-    if error_left(loudest, squares, factor) > (1 if free else WORTH):
+    if gain > (1 if free else WORTH):
         return
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
@@ -89,6 +114,59 @@ def _even_tensor(
     graph.node.insert(list(graph.node).index(producer) + 1, divide)
     for node in layers:
         node.input[0] = even
+
+
+def _factors(loudest: Floats, weights: Sequence[Floats], strength: float) -> tuple[Floats, float]:
+    """Return what channels are divided by, (D,), and `error_left` of it."""
+    # A channel that calibration speech hardly excites may be loud in other speech.
+    loudest = np.maximum(loudest, np.median(loudest))
+    heaviest = np.max([np.abs(w).reshape(len(w), -1).max(axis=1) for w in weights], axis=0)
+    factor = np.maximum(loudest, 1e-5) ** strength / np.maximum(heaviest, 1e-5) ** (1 - strength)
+    factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    squares = sum(np.square(weight).reshape(len(weight), -1).sum(axis=1) for weight in weights)
+    return factor, error_left(loudest, squares, factor)
+
+
+def factors_of_weights(weights: Floats, left: npt.NDArray[np.float64]) -> tuple[Floats, float]:
+    """Return the factors with which weights are rounded best, whatever it takes of the values.
+
+    The largest weight of a column decides its step. Of the squared error of a step, what is left
+    of a row at the output goes down with the square of its factor. So the error is the sum of the
+    squared steps of all columns, times the sum of what is left of all rows: convex in the
+    logarithms of the factors.
+
+    Args:
+        weights: ``(D, O)``.
+        left: What `export.rounding.left_of_rows` returned, (D,).
+
+    Returns:
+        What is multiplied with the weights of each row, float32, (D,), its mean logarithm 0; and
+        the error with it, as a share of that without.
+    """
+    heavy = torch.from_numpy(np.log(np.maximum(np.abs(weights), 1e-12))).double()
+    rows = torch.from_numpy(np.log(left))
+
+    def error(log: torch.Tensor) -> torch.Tensor:
+        columns = torch.logsumexp(2 * (heavy + log[:, None]).amax(dim=0), dim=0)
+        return columns + torch.logsumexp(rows - 2 * log, dim=0)
+
+    with torch.no_grad():
+        plain = float(error(torch.zeros(len(heavy))))
+        log = -heavy.amax(dim=1)  # the largest weights of all rows are alike
+    best, least = log.clone(), float("inf")
+    log.requires_grad_()
+    search = torch.optim.Adam([log], lr=RATE, betas=(0.9, 0.99))
+    slower = torch.optim.lr_scheduler.CosineAnnealingLR(search, STEPS)
+    for _ in range(STEPS):
+        found = error(log)
+        if found < least:
+            best, least = log.detach().clone(), found.item()
+        search.zero_grad()
+        found.backward()
+        search.step()
+        slower.step()
+    factor = torch.exp(best - best.mean()).numpy().astype(np.float32)
+    return factor, float(np.exp(least - plain))
 
 
 def error_left(loudest: Floats, squares: Floats, factor: Floats) -> float:

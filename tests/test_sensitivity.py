@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -22,9 +23,10 @@ from export.qdq import (
     unsigned,
     with_float_sums,
 )
-from export.quantize import give_back, quantize, softened
+from export.quantize import quantize, quantize_within, softened
 from export.recipe import Quantize
 from export.sensitivity import (
+    FRONT,
     apart,
     divergence,
     front,
@@ -39,19 +41,42 @@ PROPERTIES = {"labels": ["a", "b", "c"], "sample_rate_hz": 16000, "schema_versio
 WINDOWS = [voice(500.0 * (n + 1), 100.0 + 10 * n, 0.5 + 0.07 * n, n) for n in range(5)]
 
 
+UNEVEN = Quantize(smoothing=0, divergence=0.0)
+
+
+def classifier(loud=1.0):
+    """A network; the first convolution of its head reads one channel so much louder."""
+    torch.manual_seed(0)
+    encoder = MelEncoder(WhisperStem(16, 8), 16, 2)
+    model = Classifier(encoder, CnnHead(encoder.states, encoder.dim, 3, width=8)).eval()
+    block = model.head.members[0].blocks[0]
+    with torch.no_grad():
+        block.norm.weight[0] *= loud
+        block.norm.bias[0] *= loud
+        block.conv.weight[:, 0] /= loud
+        # Else all windows had one label.
+        logits = torch.cat([model(torch.from_numpy(window)[None])[0] for window in WINDOWS])
+        model.head.members[0].classify.bias -= logits.mean(dim=0)
+    return model
+
+
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     """Full precision, its Q/DQ graph and the quantized layers; one layer is rounded very badly."""
     file = tmp_path_factory.mktemp("graph") / "model.onnx"
-    torch.manual_seed(0)
-    encoder = MelEncoder(WhisperStem(16, 8), 16, 2)
-    model = Classifier(encoder, CnnHead(encoder.states, encoder.dim, 3, width=8)).eval()
-    with torch.no_grad():  # else all windows had one label
-        logits = torch.cat([model(torch.from_numpy(window)[None])[0] for window in WINDOWS])
-        model.head.members[0].classify.bias -= logits.mean(dim=0)
-    export_graph(model, PROPERTIES, 16000, file)
+    export_graph(classifier(), PROPERTIES, 16000, file)
     exact, int8, layers = quantize(onnx.load(file), WINDOWS, Quantize())
     return exact, worsened(int8, layers[3]), layers
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory):
+    """A graph, one layer of which is rounded very badly where nothing is evened out; its name."""
+    file = tmp_path_factory.mktemp("loud") / "model.onnx"
+    export_graph(classifier(300.0), PROPERTIES, 16000, file)
+    exact, int8, layers = quantize(onnx.load(file), WINDOWS, UNEVEN)
+    alone = walk(exact, int8, layers, WINDOWS)
+    return onnx.load(file), order_to_give_back(int8, alone), alone
 
 
 def worsened(int8, layer, times=16):
@@ -179,49 +204,48 @@ def test_the_layer_that_is_rounded_badly_comes_first(graphs):
     assert found[layers[3]] > 2 * list(found.values())[1]
 
 
-def test_as_few_layers_as_hold_the_bound_are_given_back(graphs):
-    exact, int8, layers = graphs
-    expected = logits_of(exact, WINDOWS)
-    alone = walk(exact, int8, layers, WINDOWS)
-    order = order_to_give_back(int8, alone)
-    assert order[0] == layers[3]
+def test_as_few_layers_as_hold_the_bound_are_given_back(loud):
+    model, order, alone = loud
+    expected = logits_of(model, WINDOWS)
+    assert "conv" in order[0] and alone[order[0]] > 10 * alone[order[1]]
 
-    def given(bound, most=3, equal=0.0):
-        settings = Quantize(divergence=bound, most_float=most, labels_equal=equal)
-        return give_back(exact, int8, layers, WINDOWS, WINDOWS, settings)
+    def within(bound, most=5):
+        settings = replace(UNEVEN, divergence=bound, most_float=most, labels_equal=0.0)
+        made = quantize_within(model, WINDOWS, WINDOWS, settings)
+        found = logits_of(x86_form(made.int8, made.given_back), WINDOWS)
+        assert made.left == apart(expected, found)
+        return made
 
-    assert given(1.0)[:2] == (int8, [])
-    chosen, names, costs, left = given(0.0)
-    assert (names, costs) == (order[:3], alone)
-    assert left == apart(expected, logits_of(x86_form(chosen, names), WINDOWS))
-    one, names, _, left = given(divergence(expected, logits_of(unsigned(int8), WINDOWS)) / 2)
-    assert names == order[:1]
-    assert left == apart(expected, logits_of(x86_form(one, names), WINDOWS))
-    assert given(0.0, most=0)[:2] == (int8, [])
+    none, all_five = within(1.0), within(0.0)
+    assert (none.given_back, none.int8 == none.plain) == ([], True)
+    assert (all_five.given_back, all_five.alone) == (order[:5], alone)
+    assert within(0.0, most=0).given_back == []
+    assert within(none.left["divergence"] / 2).given_back == order[:1]
 
 
-def test_labels_must_stay_whatever_the_divergence(graphs):
-    exact, int8, layers = graphs
-    bad = worsened(int8, layers[3], 1e4)
-    labels = [logits_of(model, WINDOWS).argmax(axis=1) for model in (exact, unsigned(bad))]
-    assert (labels[0] != labels[1]).any()
-    for equal, expected in ((0.0, []), (1.0, [layers[3]])):
-        settings = Quantize(divergence=1e9, most_float=3, labels_equal=equal)
-        assert give_back(exact, bad, layers, WINDOWS, WINDOWS, settings)[1] == expected
+def test_labels_must_stay_whatever_the_divergence(loud):
+    model, order, _ = loud
+    labels = logits_of(model, WINDOWS).argmax(axis=1)
+    none = quantize(model, WINDOWS, UNEVEN)[1]
+    assert (logits_of(unsigned(none), WINDOWS).argmax(axis=1) != labels).any()
+    for equal, expected in ((0.0, []), (1.0, order[:1])):
+        settings = replace(UNEVEN, divergence=1e9, labels_equal=equal)
+        assert quantize_within(model, WINDOWS, WINDOWS, settings).given_back == expected
 
 
-def test_a_layer_that_is_given_back_is_not_off_on_average(graphs):
-    exact, int8, layers = graphs
-    settings = Quantize(divergence=0.0, most_float=1)
-    chosen, (name,), *_ = give_back(exact, int8, layers, WINDOWS, WINDOWS, settings)
-    (node,) = [node for node in exact.graph.node if node.name == name]
+def test_a_layer_that_is_given_back_is_not_off_on_average(loud):
+    model, _, _ = loud
+    made = quantize_within(model, WINDOWS, WINDOWS, replace(UNEVEN, most_float=1))
+    (name,) = made.given_back
+    (node,) = [node for node in made.exact.graph.node if node.name == name]
 
     def mean(model):
         values = tensor_values(model, [node.output[0]], softened(WINDOWS))
         return np.concatenate([value[node.output[0]] for value in values], axis=2).mean(axis=(0, 2))
 
     left, before = (
-        np.abs(mean(x86_form(one, [name])) - mean(exact)).max() for one in (chosen, int8)
+        np.abs(mean(x86_form(one, [name])) - mean(made.exact)).max()
+        for one in (made.int8, made.plain)
     )
     assert left < 0.1 * before
 
@@ -229,7 +253,8 @@ def test_a_layer_that_is_given_back_is_not_off_on_average(graphs):
 def test_the_front_goes_from_all_int8_to_full_precision(graphs):
     exact, int8, layers = graphs
     order = list(walk(exact, int8, layers, WINDOWS))
-    rows = front(exact, int8, order, WINDOWS)
+    graphs = {count: x86_form(int8, order[:count]) for count in FRONT}
+    rows = front({**graphs, len(layers): exact}, WINDOWS)
     assert [row["float_layers"] for row in rows] == [0, 1, 2, 4, 8, len(layers)]
     assert rows[-1]["mb"] == exact.ByteSize() / 1e6
     assert rows[1]["mb"] == x86_form(int8, order[:1]).ByteSize() / 1e6

@@ -2,10 +2,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from scipy.optimize import minimize
 
 from export.debias import correct_biases
-from export.smooth import channel_maxima, error_left, even_out
+from export.rounding import left_of_rows, second_moments
+from export.smooth import WORTH, channel_maxima, error_left, even_out, factors_of_weights
 
 CHANNELS, OUT = 6, 4
 LOUD = np.array([1, 1, 50, 1, 1, 1], np.float32)
@@ -30,6 +34,7 @@ def network(first, layer):
         "kernel": rng.normal(size=(OUT, CHANNELS, 3)).astype(np.float32),
         "grouped": rng.normal(size=(OUT, CHANNELS // 2, 3)).astype(np.float32),
         "bias": np.arange(OUT, dtype=np.float32),
+        "more": rng.normal(size=(CHANNELS, OUT)).astype(np.float32),
     }
     graph = helper.make_graph(
         nodes,
@@ -160,3 +165,63 @@ def test_what_gains_little_is_left_as_it_is():
         nodes = len(model.graph.node)
         even_out(model, ["layer"], WINDOWS, STRENGTH)
         assert len(model.graph.node) == nodes + scaled
+
+
+def weights_error(log, weights, left):
+    """Squared steps of all columns, times what is left of all rows."""
+    steps = (np.abs(weights) * np.exp(log)[:, None]).max(axis=0)
+    return np.square(steps).sum() * (left * np.exp(-2 * log)).sum()
+
+
+def test_with_one_column_all_weights_become_alike():
+    weights, left = np.array([[1.0], [-8.0], [0.5]]), np.array([1.0, 2.0, 4.0])
+    factor, share = factors_of_weights(weights, left)
+    np.testing.assert_allclose(np.abs(weights[:, 0]) * factor, 4 ** (1 / 3), rtol=1e-5)
+    assert share == pytest.approx((1 + 2 * 64 + 4 * 0.25) / (64 * 7))
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(2, 5), columns=st.integers(1, 4), seed=st.integers(0, 99))
+def test_no_other_factors_leave_less_of_the_error_of_weights(rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(rows, columns)) * np.exp(rng.normal(size=(rows, 1)))
+    left = np.exp(rng.normal(size=rows))
+    factor, share = factors_of_weights(weights.astype(np.float32), left)
+    assert np.log(factor).mean() == pytest.approx(0, abs=1e-5)
+    found = weights_error(np.log(factor.astype(float)), weights, left)
+    assert share == pytest.approx(found / weights_error(np.zeros(rows), weights, left), rel=1e-4)
+    options = {"maxiter": 4000, "xatol": 1e-6, "fatol": 1e-9}
+    best = minimize(
+        lambda log: np.log(weights_error(log, weights, left)),
+        np.log(factor), method="Nelder-Mead", options=options,
+    ).fun  # fmt: skip
+    assert np.log(found) <= best + 0.01
+
+
+@pytest.mark.parametrize(
+    ("first", "loud", "taken"), [(NORM, LOUD, True), (GELU, LOUD, True), (GELU, LOUD**0, False)]
+)
+def test_only_the_weights_of_a_layer_that_is_given_back_count(first, loud, taken):
+    model = network(first, MATMUL)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants["loud"].CopyFrom(numpy_helper.from_array(loud, "loud"))
+    expected, node = run(model), layer_of(model)
+    left = left_of_rows(second_moments(model, ["x"], WINDOWS)["x"])
+    before = numpy_helper.to_array(constants["weight"])
+    factor, share = factors_of_weights(before, left)
+    even_out(model, ["layer"], WINDOWS, STRENGTH, ["layer"])
+    np.testing.assert_allclose(run(model), expected, rtol=1e-4, atol=1e-4)
+    # Behind a GELU it takes a multiplication, which a small gain is not worth.
+    assert taken == (first == NORM or share < WORTH)
+    by = factor if taken else np.ones(CHANNELS)
+    after = numpy_helper.to_array(constants["weight"])
+    np.testing.assert_allclose(after, before * by[:, None], rtol=1e-4)
+    assert node.input[0] == ("x_even" if taken and first == GELU else "x")
+
+
+def test_a_tensor_that_another_layer_rounds_is_evened_out_for_that():
+    more = helper.make_node("MatMul", ["x", "more"], ["other"], "second")
+    models = [network(NORM, [*MATMUL, more]) for _ in range(2)]
+    for model, given_back in zip(models, ([], ["layer"]), strict=True):
+        even_out(model, ["layer", "second"], WINDOWS, STRENGTH, given_back)
+    assert models[0] == models[1]
