@@ -291,15 +291,15 @@ def make_int8(
     write_int8(made.int8, folder, made.given_back)
     some = _some(judged)
     order = order_to_give_back(made.plain, made.alone)
-    fronts = {n: x86_form(made.plain, order[:n]) for n in FRONT if n < len(order)}
-    fronts[len(made.given_back)] = x86_form(made.int8, made.given_back)
+    forms = {n: x86_form(made.plain, order[:n]) for n in FRONT if n < len(order)}
+    forms[len(made.given_back)] = x86_form(made.int8, made.given_back)
     reasons = {name: f"alone {made.alone[name]:.1e} nats; weights INT8" for name in made.given_back}
     found = {
         "float_nodes": {**float_nodes(model.graph), **reasons},
         "given_back": made.given_back,
         "validation": made.left,
         "alone": made.alone,
-        "front": front({**dict(sorted(fronts.items())), len(order): made.exact}, some),
+        "front": front([*sorted(forms.items()), (len(order), made.exact)], some),
     }
     shutil.copyfile(graph / "model.onnx", folder / "model.onnx")
     found["half_labels_equal"] = make_halves(folder, windows[:8], some)

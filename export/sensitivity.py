@@ -81,11 +81,13 @@ def apart(expected: Logits, found: Logits) -> dict[str, float]:
     return {"labels_equal": same, "divergence": divergence(expected, found)}
 
 
-def front(graphs: Mapping[int, onnx.ModelProto], windows: Sequence[Floats]) -> list[dict[str, Any]]:
+def front(
+    graphs: Sequence[tuple[int, onnx.ModelProto]], windows: Sequence[Floats]
+) -> list[dict[str, Any]]:
     """Compare graphs with ever more layers given back.
 
     Args:
-        graphs: As x86 runs them, by how many layers are given back, in order; the last one is full
+        graphs: How many layers are given back, and the graph as x86 runs it; the last one is full
             precision.
         windows: Speech, each of shape (T,).
 
@@ -94,7 +96,7 @@ def front(graphs: Mapping[int, onnx.ModelProto], windows: Sequence[Floats]) -> l
         ``time``: the median over windows, heard by all graphs in turns, of the share of what full
         precision takes.
     """
-    sessions = [session_of(model) for model in graphs.values()]
+    sessions = [session_of(model) for _, model in graphs]
     answers: list[list[Logits]] = [[] for _ in sessions]
     taken: list[list[float]] = [[] for _ in sessions]
     for window in windows:
@@ -110,7 +112,7 @@ def front(graphs: Mapping[int, onnx.ModelProto], windows: Sequence[Floats]) -> l
             "divergence": divergence(expected, np.concatenate(found)),
             "time": statistics.median(a / b for a, b in zip(seconds, taken[-1], strict=True)),
         }
-        for (count, model), found, seconds in zip(graphs.items(), answers, taken, strict=True)
+        for (count, model), found, seconds in zip(graphs, answers, taken, strict=True)
     ]
 
 

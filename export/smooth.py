@@ -15,18 +15,22 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 from onnx import helper, numpy_helper
+from scipy.optimize import minimize
 
 from export.probe import Floats, tensor_values
 from export.rounding import ROUNDING_WINDOWS, held_at_once, left_of_rows, second_moments
 from export.upstream import give, scaling
 
+Vector = npt.NDArray[np.float64]
+
 # Of the squared error that rounding makes, the most that an extra multiplication may leave.
 WORTH = 0.5
 
-STEPS, RATE = 100, 0.1
-"""Of the search for factors: ten times as many steps lower the error by less than 0.3 %."""
+POWERS = (16, 128)
+"""Of the norms that stand for the largest weight of a column while factors are searched: that has
+no gradient where two are as large. What is found is within 0.3 % of what steps along subgradients
+find in Whisper-base."""
 
 
 def even_out(
@@ -83,7 +87,7 @@ def _even_tensor(
     layers: Sequence[onnx.NodeProto],
     loudest: Floats,
     strength: float,
-    left: npt.NDArray[np.float64] | None,
+    left: Vector | None,
 ) -> None:
     constants = {constant.name: constant for constant in graph.initializer}
     weights = [
@@ -127,7 +131,7 @@ def _factors(loudest: Floats, weights: Sequence[Floats], strength: float) -> tup
     return factor, error_left(loudest, squares, factor)
 
 
-def factors_of_weights(weights: Floats, left: npt.NDArray[np.float64]) -> tuple[Floats, float]:
+def factors_of_weights(weights: Floats, left: Vector) -> tuple[Floats, float]:
     """Return the factors with which weights are rounded best, whatever it takes of the values.
 
     The largest weight of a column decides its step. Of the squared error of a step, what is left
@@ -143,30 +147,29 @@ def factors_of_weights(weights: Floats, left: npt.NDArray[np.float64]) -> tuple[
         What is multiplied with the weights of each row, float32, (D,), its mean logarithm 0; and
         the error with it, as a share of that without.
     """
-    heavy = torch.from_numpy(np.log(np.maximum(np.abs(weights), 1e-12))).double()
-    rows = torch.from_numpy(np.log(left))
+    magnitudes = np.maximum(np.abs(weights), 1e-12).astype(np.float64)
 
-    def error(log: torch.Tensor) -> torch.Tensor:
-        columns = torch.logsumexp(2 * (heavy + log[:, None]).amax(dim=0), dim=0)
-        return columns + torch.logsumexp(rows - 2 * log, dim=0)
+    def error(log: Vector, power: float) -> tuple[float, Vector]:
+        """The logarithm of the error, and its gradient."""
+        steps = magnitudes * np.exp(log)[:, None]
+        largest = steps.max(axis=0)
+        parts = (steps / largest) ** power
+        sums = parts.sum(axis=0)
+        columns = np.square(largest * sums ** (1 / power))
+        rows = left * np.exp(-2 * log)
+        gradient = parts @ (columns / sums) / columns.sum() - rows / rows.sum()
+        return float(np.log(columns.sum()) + np.log(rows.sum())), 2 * gradient
 
-    with torch.no_grad():
-        plain = float(error(torch.zeros(len(heavy))))
-        log = -heavy.amax(dim=1)  # the largest weights of all rows are alike
-    best, least = log.clone(), float("inf")
-    log.requires_grad_()
-    search = torch.optim.Adam([log], lr=RATE, betas=(0.9, 0.99))
-    slower = torch.optim.lr_scheduler.CosineAnnealingLR(search, STEPS)
-    for _ in range(STEPS):
-        found = error(log)
-        if found < least:
-            best, least = log.detach().clone(), found.item()
-        search.zero_grad()
-        found.backward()
-        search.step()
-        slower.step()
-    factor = torch.exp(best - best.mean()).numpy().astype(np.float32)
-    return factor, float(np.exp(least - plain))
+    log = -np.log(magnitudes.max(axis=1))  # the largest weights of all rows are alike
+    for power in POWERS:
+        log = minimize(error, log, power, jac=True, method="L-BFGS-B").x
+    factor = np.exp(log - log.mean())
+
+    def exact(factor: Vector) -> float:
+        columns = np.square((magnitudes * factor[:, None]).max(axis=0))
+        return float(columns.sum() * (left / np.square(factor)).sum())
+
+    return factor.astype(np.float32), exact(factor) / exact(np.ones(len(left)))
 
 
 def error_left(loudest: Floats, squares: Floats, factor: Floats) -> float:

@@ -253,8 +253,8 @@ def test_a_layer_that_is_given_back_is_not_off_on_average(loud):
 def test_the_front_goes_from_all_int8_to_full_precision(graphs):
     exact, int8, layers = graphs
     order = list(walk(exact, int8, layers, WINDOWS))
-    graphs = {count: x86_form(int8, order[:count]) for count in FRONT}
-    rows = front({**graphs, len(layers): exact}, WINDOWS)
+    graphs = [(count, x86_form(int8, order[:count])) for count in FRONT]
+    rows = front([*graphs, (len(layers), exact)], WINDOWS)
     assert [row["float_layers"] for row in rows] == [0, 1, 2, 4, 8, len(layers)]
     assert rows[-1]["mb"] == exact.ByteSize() / 1e6
     assert rows[1]["mb"] == x86_form(int8, order[:1]).ByteSize() / 1e6
