@@ -223,6 +223,7 @@ def quantize_within(
 
     Returns:
         The graphs, with as few layers given back as hold the bounds, or as many as are allowed.
+        That more of them answer no worse is taken as given.
     """
     expected = logits_of(fp32, judged)
 

@@ -94,13 +94,13 @@ def _even_tensor(
         exchange_channels(node, numpy_helper.to_array(constants[node.input[1]])) for node in layers
     ]  # (in, ...)
     if left is None:
-        factor, gain = _factors(loudest, weights, strength)
+        factor, error = _factors(loudest, weights, strength)
     else:
-        factor, gain = factors_of_weights(np.concatenate(weights, axis=1), left)
+        factor, error = factors_of_weights(np.concatenate(weights, axis=1), left)
     producer = next(node for node in graph.node if tensor in node.output)
     readers = [node for node in graph.node if tensor in node.input]
     free = scaling(graph, tensor) if len(readers) == len(layers) else []
-    if gain > (1 if free else WORTH):
+    if error > (1 if free else WORTH):
         return
     for node, weight in zip(layers, weights, strict=True):
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
@@ -147,7 +147,7 @@ def factors_of_weights(weights: Floats, left: Vector) -> tuple[Floats, float]:
         What is multiplied with the weights of each row, float32, (D,), its mean logarithm 0; and
         the error with it, as a share of that without.
     """
-    magnitudes = np.maximum(np.abs(weights), 1e-12).astype(np.float64)
+    magnitudes = np.maximum(np.abs(weights), 1e-5).astype(np.float64)
 
     def error(log: Vector, power: float) -> tuple[float, Vector]:
         """The logarithm of the error, and its gradient."""

@@ -2,8 +2,8 @@
 
 Both parts are multiplied by the same INT8 weights and the products added. So a layer reads values
 of about 16 bits and takes twice the time of an INT8 layer, where float would take several times as
-long, and the file grows by nothing: most of what INT8 costs is the rounding of values, since
-`export.rounding` chooses the weights by what they are multiplied by.
+long, and the file grows by nothing. About half of what INT8 costs is the rounding of values; the
+other half, that of weights, `export.smooth` and `export.rounding` keep small.
 """
 
 from collections.abc import Collection

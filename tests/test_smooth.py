@@ -180,6 +180,14 @@ def test_with_one_column_all_weights_become_alike():
     assert share == pytest.approx((1 + 2 * 64 + 4 * 0.25) / (64 * 7), rel=0.03)
 
 
+def test_an_input_that_nothing_reads_gets_a_factor_that_half_precision_holds():
+    weights = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    weights[2] = 0
+    factor, share = factors_of_weights(weights, np.array([1.0, 2.0, 3.0, 1e-12, 1.0, 1.0]))
+    assert share < 1
+    assert factor.max() < 65504
+
+
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(2, 5), columns=st.integers(1, 4), seed=st.integers(0, 99))
 def test_no_other_factors_leave_less_of_the_error_of_weights(rows, columns, seed):
