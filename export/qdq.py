@@ -1,5 +1,6 @@
 """Q/DQ graphs: which layers are INT8, the two forms of their activations, and their file."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def as_float(
                 graph.initializer.append(constants[weight])
             if bias:
                 there[bias].CopyFrom(constants[bias])
-    _give_unrounded(graph, layers)
+    give_unrounded(graph, {node.output[0] for node in graph.node if node.name in layers})
     return model
 
 
@@ -94,19 +95,18 @@ def with_float_sums(int8: onnx.ModelProto, layers: Collection[str]) -> onnx.Mode
     for node in model.graph.node:
         if node.name in layers:
             node.input[0] = sources[sources[node.input[0]].input[0]].input[0]
-    _give_unrounded(model.graph, layers)
+    give_unrounded(model.graph, {n.output[0] for n in model.graph.node if n.name in layers})
     return model
 
 
-def _give_unrounded(graph: onnx.GraphProto, layers: Collection[str]) -> None:
-    """Let nodes but quantized layers read what float layers give as it is, in place."""
-    outputs = {node.output[0] for node in graph.node if node.name in layers}
+def give_unrounded(graph: onnx.GraphProto, tensors: Collection[str]) -> None:
+    """Let nodes but quantized layers read tensors as they are, in place."""
     sources = {output: node for node in graph.node for output in node.output}
-    behind = {}  # what follows the rounding of such an output, and the output
+    behind = {}  # what follows the rounding of such a tensor, and the tensor
     for node in graph.node:
         if _is(node, "Dequantize") and node.input[0] in sources:
             rounded = sources[node.input[0]].input[0]
-            if rounded in outputs:
+            if rounded in tensors:
                 behind[node.output[0]] = rounded
     for node in graph.node:
         weight = sources.get(node.input[1]) if node.op_type in QUANTIZED else None
@@ -123,6 +123,7 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy whose quantized activations are uint8 with zero point 128.
 
     Every integer moves up by 128 and so does the zero point, so each stands for the same number.
+    Whole steps that are subtracted before the rounding are subtracted by its zero point.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
@@ -133,8 +134,29 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         if _is(node, "Quantize") or (_is(node, "Dequantize") and node.input[0] not in weights):
             node.input[2] = zero
+    _subtract_by_zero_points(graph)
     drop_unused(graph)
     return model
+
+
+def _subtract_by_zero_points(graph: onnx.GraphProto) -> None:
+    """Let QuantizeLinear do what a Sub before it does, in place; what follows stays as it is."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    subtracting = {n.output[0]: n for n in graph.node if n.op_type == "Sub"}
+    for node in graph.node:
+        before = subtracting.get(node.input[0]) if _is(node, "Quantize") else None
+        if before is None or readers[node.input[0]] > 1:
+            continue
+        tensor, subtracted = before.input
+        if subtracted not in constants or constants[subtracted].dims:
+            continue
+        step = numpy_helper.to_array(constants[node.input[1]])
+        steps = numpy_helper.to_array(constants[subtracted]) / step
+        if steps == np.round(steps) and abs(steps) <= 128:
+            zero = f"{node.name}_zero_point"
+            graph.initializer.append(numpy_helper.from_array(np.array(128 - steps, np.uint8), zero))
+            node.input[0], node.input[2] = tensor, zero
 
 
 def _widen_weights(graph: onnx.GraphProto) -> None:

@@ -28,12 +28,14 @@ from export.centre import centre
 from export.clip import clip_ranges
 from export.debias import correct_biases
 from export.half import make_halves
+from export.one_sided import shift_one_sided
 from export.pairs import fit_pairs
 from export.probe import Floats
 from export.qdq import (
     QUANTIZED,
     drop_unused,
     float_nodes,
+    give_unrounded,
     save_with_shared_weights,
     with_float_sums,
 )
@@ -112,8 +114,10 @@ def quantize(
     if settings.pairs:
         fit_pairs(exact, int8, layers)
     if settings.gptq:
-        heard = windows[:ROUNDING_WINDOWS]
-        round_weights(exact, int8, heard, layers, pairs=settings.pairs)
+        how = {"pairs": settings.pairs, "about_means": settings.bias_correction}
+        round_weights(exact, int8, windows[:ROUNDING_WINDOWS], layers, **how)
+    if settings.centring:
+        shift_one_sided(exact, int8, windows, layers, given_back)
     if settings.bias_correction:
         correct_biases(exact, int8, windows[:DEBIAS_WINDOWS], layers, list(given_back))
     return exact, int8, layers
@@ -166,7 +170,12 @@ def calibrate(
             )
         finally:
             logging.disable(logging.NOTSET)
-        return onnx.load(signed)
+        int8 = onnx.load(signed)
+    # What a layer reads is read by others too, the residual stream for one, and rounded for all of
+    # them. Only sums of convolutions are to be rounded for whatever reads them.
+    others = [n for n in int8.graph.node if n.op_type != "Conv" or n.name in set(kept)]
+    give_unrounded(int8.graph, {name for node in others for name in node.output})
+    return int8
 
 
 def write_int8(int8: onnx.ModelProto, folder: Path, given_back: Sequence[str] = ()) -> None:

@@ -33,6 +33,7 @@ def round_weights(
     layers: Sequence[str],
     *,
     pairs: bool = False,
+    about_means: bool = False,
 ) -> None:
     """Round the weights of MatMul layers again, in place.
 
@@ -42,6 +43,8 @@ def round_weights(
         windows: Calibration speech, each of shape (T,).
         layers: Names of the quantized nodes.
         pairs: See `round_rows`.
+        about_means: Whether biases will make up for what rounding does to the mean of an output, so
+            that only what it does beside that counts.
     """
     exact = {tensor.name: tensor for tensor in fp32.graph.initializer}
     constants = {tensor.name: tensor for tensor in int8.graph.initializer}
@@ -50,7 +53,7 @@ def round_weights(
     inputs = {node.input[0]: exact[node.input[1]].dims[0] for node in products}
     rounded = {node.name: node for node in int8.graph.node}
     for names in held_at_once(inputs):
-        moments = second_moments(fp32, names, windows)
+        moments = second_moments(fp32, names, windows, about_means=about_means)
         for node in products:
             if node.input[0] not in moments:
                 continue
@@ -83,15 +86,33 @@ def held_at_once(inputs: Mapping[str, int]) -> list[list[str]]:
 
 
 def second_moments(
-    model: onnx.ModelProto, names: Sequence[str], windows: Sequence[Floats]
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    windows: Sequence[Floats],
+    *,
+    about_means: bool = False,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Return the sum over all frames of the outer product of a tensor's channels, (D, D) each."""
+    """Return the sum over all frames of the outer product of a tensor's channels, (D, D) each.
+
+    Args:
+        model: The graph.
+        names: Of its tensors, (1, F, D) each.
+        windows: Speech, each of shape (T,).
+        about_means: Whether each channel is taken less its mean over all frames.
+    """
+    products: dict[str, npt.NDArray[np.float64]] = {}
     sums: dict[str, npt.NDArray[np.float64]] = {}
+    count = dict.fromkeys(names, 0)
     for values in tensor_values(model, names, windows):
         for name, value in values.items():
             frames = value.reshape(-1, value.shape[-1])
-            sums[name] = sums.get(name, 0) + (frames.T @ frames).astype(np.float64)
-    return sums
+            products[name] = products.get(name, 0) + (frames.T @ frames).astype(np.float64)
+            sums[name] = sums.get(name, 0) + frames.sum(axis=0, dtype=np.float64)
+            count[name] += len(frames)
+    if about_means:
+        for name, total in sums.items():
+            products[name] -= np.outer(total, total) / count[name]
+    return products
 
 
 def upper_factor(moments: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

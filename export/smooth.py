@@ -62,7 +62,9 @@ def even_out(
     left = {
         name: left_of_rows(moments)
         for names in held_at_once(exact)
-        for name, moments in second_moments(model, names, windows[:ROUNDING_WINDOWS]).items()
+        for name, moments in second_moments(
+            model, names, windows[:ROUNDING_WINDOWS], about_means=True
+        ).items()
     }
     for name, those in readers.items():
         _even_tensor(model.graph, name, those, loudest[name], strength, left.get(name))

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from export.qdq import bias_and_output, unsigned, with_float_sums
+from export.frames import multiply_frames
+from export.qdq import bias_and_output, drop_unused, unsigned, with_float_sums
 
 REST = 254
 """The steps of the second part in one of the first: what is left is half a step or less."""
@@ -31,7 +32,10 @@ def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.Mo
     products = {node.name for node in int8.graph.node if node.op_type != "Conv"} & {*given_back}
     model = with_float_sums(int8, {*given_back} - products)
     _take_two_parts(model.graph, products)
-    return unsigned(model)
+    model = unsigned(model)
+    multiply_frames(model.graph)
+    drop_unused(model.graph)
+    return model
 
 
 def _take_two_parts(graph: onnx.GraphProto, layers: Collection[str]) -> None:

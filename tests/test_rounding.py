@@ -128,6 +128,9 @@ def test_second_moments_are_sums_of_outer_products():
     found = second_moments(network(), ["x"], WINDOWS)
     np.testing.assert_allclose(found["x"], frames.T @ frames, rtol=1e-4, atol=1e-3)
     assert second_moments(network(), [], WINDOWS) == {}
+    loud = [window + np.float32(10) for window in WINDOWS]
+    found = second_moments(network(), ["x"], loud, about_means=True)
+    np.testing.assert_allclose(found["x"], len(frames) * np.cov(frames.T, ddof=0), atol=1e-1)
 
 
 def quantized(fp32, folder):

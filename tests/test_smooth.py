@@ -214,7 +214,7 @@ def test_only_the_weights_of_a_layer_that_is_given_back_count(first, loud, taken
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     constants["loud"].CopyFrom(numpy_helper.from_array(loud, "loud"))
     expected, node = run(model), layer_of(model)
-    left = left_of_rows(second_moments(model, ["x"], WINDOWS)["x"])
+    left = left_of_rows(second_moments(model, ["x"], WINDOWS, about_means=True)["x"])
     before = numpy_helper.to_array(constants["weight"])
     factor, share = factors_of_weights(before, left)
     even_out(model, ["layer"], WINDOWS, STRENGTH, ["layer"])
