@@ -123,7 +123,8 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy whose quantized activations are uint8 with zero point 128.
 
     Every integer moves up by 128 and so does the zero point, so each stands for the same number.
-    Whole steps that are subtracted before the rounding are subtracted by its zero point.
+    Whole steps that are subtracted before the rounding are subtracted by its zero point; only what
+    lies so near to the middle of a step that float32 decides may be rounded the other way then.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
@@ -152,10 +153,10 @@ def _subtract_by_zero_points(graph: onnx.GraphProto) -> None:
         if subtracted not in constants or constants[subtracted].dims:
             continue
         step = numpy_helper.to_array(constants[node.input[1]])
-        steps = numpy_helper.to_array(constants[subtracted]) / step
-        if steps == np.round(steps) and abs(steps) <= 128:
+        middle = 128 - numpy_helper.to_array(constants[subtracted]) / step
+        if middle == np.round(middle) and 0 <= middle <= 255:
             zero = f"{node.name}_zero_point"
-            graph.initializer.append(numpy_helper.from_array(np.array(128 - steps, np.uint8), zero))
+            graph.initializer.append(numpy_helper.from_array(np.array(middle, np.uint8), zero))
             node.input[0], node.input[2] = tensor, zero
 
 

@@ -124,7 +124,8 @@ class Quantize:
         smoothing: How much of loud channels goes to the weights, 0 to 1 (see `export.smooth`); 0
             leaves all as it is.
         turning: Whether the channels of attention heads are mixed (see `export.turn`).
-        centring: Whether channels are shifted to the middle of their range (see `export.centre`).
+        centring: Whether ranges are shifted to their middle: those of channels (see
+            `export.centre`), and of values of one side (see `export.one_sided`).
         clipping: Whether ranges leave out the rarest values (see `export.clip`).
         pairs: Whether weights are such that no x86 cuts off their sums (see `export.pairs`).
         gptq: Whether weights are rounded by what they are multiplied by (see `export.rounding`).

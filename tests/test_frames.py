@@ -8,9 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.frames import multiply_frames
 from export.qdq import drop_unused
+from export.twice import x86_form
 
 OUT = 7
-CONV = {"kernel_shape": [10], "strides": [5]}
 
 
 def network(kernel=10, *, channels=1, bias=True, perm=(0, 2, 1), read_twice=False, **conv):
@@ -96,6 +96,10 @@ def test_products_of_frames_are_the_convolution(stride, strides, bias, more, bat
 def test_other_convolutions_stay(other):
     model = network(**other)
     assert changed(model).SerializeToString() == model.SerializeToString()
+
+
+def test_the_graph_for_x86_multiplies_frames():
+    assert "Conv" not in operations(x86_form(network()))
 
 
 def test_a_convolution_that_ends_the_graph_or_has_computed_weights_stays():

@@ -219,10 +219,12 @@ def test_subtractions_of_other_numbers_stay():
     _, int8, _ = shifted(GELU, "product")
     subtract, _ = rounding(int8)
     (shift,) = (t for t in int8.graph.initializer if t.name == subtract.input[1])
-    for value in (np.float32(1.234567), np.full(CHANNELS, numpy_helper.to_array(shift))):
+    shift = numpy_helper.to_array(shift)
+    step = constant(int8, rounding(int8)[1].input[1])
+    for value in (1.234567, np.full(CHANNELS, shift), -128 * step, 129 * step):
         changed = onnx.ModelProto.FromString(int8.SerializeToString())
-        (shift,) = (t for t in changed.graph.initializer if t.name == subtract.input[1])
-        shift.CopyFrom(numpy_helper.from_array(np.array(value, np.float32), shift.name))
+        (other,) = (t for t in changed.graph.initializer if t.name == subtract.input[1])
+        other.CopyFrom(numpy_helper.from_array(np.array(value, np.float32), other.name))
         model = unsigned(changed)
         assert [n for n in model.graph.node if n.output[0] == subtract.output[0]]
         np.testing.assert_array_equal(answers(model, WINDOWS), answers(changed, WINDOWS))

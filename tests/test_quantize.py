@@ -105,7 +105,8 @@ def test_what_is_quantized_is_dequantized_alike_but_for_what_a_zero_point_subtra
             shifted += 1
             assert zero < 100  # what is of one side needs nearly half of the steps
         assert zero.dtype == values[node.input[2]].dtype
-    assert bool(shifted) == (name == UNSIGNED)
+    # That of log-mel has weights so small that a GELU gives values of two sides.
+    assert bool(shifted) == (name == UNSIGNED and (folder / "config.json").exists())
 
 
 @pytest.mark.parametrize("name", [SIGNED, UNSIGNED])

@@ -399,20 +399,17 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(home, copy):
     process.communicate()
     assert checkpoint.exists()
     assert not (copy / "out" / "teacher" / "seed0" / "train").exists()
-    assert "going on where it was" in _again(copy)
+    process = started(copy, "teacher")
+    trained = copy / "out" / "teacher" / "seed0" / "train"
+    wait_for(trained.exists, process)
+    os.killpg(process.pid, signal.SIGKILL)  # what follows the training is not looked at
+    assert "going on where it was" in process.communicate()[1]
     assert alike(home, copy, "train/model.safetensors")
 
 
 def alike(home, copy, file):
     one, other = (place / "out" / "teacher" / "seed0" / file for place in (home, copy))
     return one.read_bytes() == other.read_bytes()
-
-
-def _again(home):
-    process = started(home, "teacher", "--only", "graph")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    return errors
 
 
 def test_no_process_outlives_a_killed_run(copy):
@@ -521,7 +518,7 @@ distill = {{ warp = 0, mask_mels = 0, layers = 1 }}
 
 def test_candidates_are_distilled_timed_and_drawn(copy, capsys):
     (copy / "front.toml").write_text(CANDIDATES)
-    command = ["front", *arguments(copy, "front", "--seeds", "0,1")[1:]]
+    command = ["front", *arguments(copy, "front")[1:]]
     assert main(command) == 0
     table = capsys.readouterr().out
     found = json.loads((copy / "out" / "front" / "front.json").read_text())
@@ -531,7 +528,7 @@ def test_candidates_are_distilled_timed_and_drawn(copy, capsys):
     assert set(rows) == {"teacher", "student", "slim"}
     assert found["clips"] == 2 * 6  # of validation speakers
     for name, row in rows.items():
-        assert len(row["pooled"]["values"]) == (1 if name == "teacher" else 2)
+        assert len(row["pooled"]["values"]) == 1
         assert row["ms"] > 0
         home = copy / "out" / (name if name == "teacher" else f"front-{name}") / "seed0"
         files = ("model_int8_x86.onnx", "model_int8.bin")

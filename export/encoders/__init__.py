@@ -14,7 +14,6 @@ from export.checkpoint import locate
 from export.encoders.mel import MelEncoder
 from export.encoders.narrow import narrow
 from export.encoders.wav import WavEncoder
-from export.encoders.wav2vec2 import load_wav2vec2
 from export.encoders.whisper import load_stem, load_whisper
 from export.recipe import EncoderChoice
 from export.views import Arrays, Compute, Samples
@@ -36,6 +35,9 @@ def load_encoder(choice: EncoderChoice, weights: Path | None, window_s: float) -
     if choice.family == "wav":
         return WavEncoder(choice.width, choice.layers)
     if choice.family == "wav2vec2":
+        # transformers takes seconds to import, in every process, and no other family needs it.
+        from export.encoders.wav2vec2 import load_wav2vec2
+
         return load_wav2vec2(choice.source, weights, choice.layers, choice.states)
     source = str(locate(choice.source, weights))
     if choice.family == "mel":
