@@ -1,6 +1,5 @@
 """Q/DQ graphs: which layers are INT8, the two forms of their activations, and their file."""
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -143,11 +142,10 @@ def unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
 def _subtract_by_zero_points(graph: onnx.GraphProto) -> None:
     """Let QuantizeLinear do what a Sub before it does, in place; what follows stays as it is."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers = Counter(name for node in graph.node for name in node.input)
     subtracting = {n.output[0]: n for n in graph.node if n.op_type == "Sub"}
     for node in graph.node:
         before = subtracting.get(node.input[0]) if _is(node, "Quantize") else None
-        if before is None or readers[node.input[0]] > 1:
+        if before is None:
             continue
         tensor, subtracted = before.input
         if subtracted not in constants or constants[subtracted].dims:

@@ -22,10 +22,8 @@ REST = 254
 def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.ModelProto:
     """Return the graph that x86 runs: activations unsigned, some layers with values of two parts.
 
-    A first convolution over samples is a product, see `export.frames`.
-
     Convolutions among these multiply float values: ONNX Runtime has no INT8 kernel for one whose
-    sums are not rounded.
+    sums are not rounded. A first convolution over samples is a product, see `export.frames`.
 
     Args:
         int8: The signed Q/DQ graph.

@@ -175,6 +175,22 @@ def test_the_layers_of_a_graph_are_rounded_again_and_only_those(tmp_path):
     onnxruntime.InferenceSession(int8.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
+def test_about_means_less_is_left_beside_the_mean(tmp_path):
+    fp32, errors = network(), []
+    loud = [window + np.float32(10) for window in WINDOWS]
+    frames = np.concatenate(loud).reshape(-1, 40)
+    exact = frames @ numpy_helper.to_array(fp32.graph.initializer[1])
+    for about_means in (False, True):
+        int8 = quantized(fp32, tmp_path)
+        round_weights(fp32, int8, loud, ["layer"], about_means=about_means)
+        found = {t.name: numpy_helper.to_array(t) for t in int8.graph.initializer}
+        error = frames @ (found["weight_quantized"] * found["weight_scale"]) - exact
+        errors.append([np.square(error).mean(), error.var(axis=0).mean()])
+    (all_of_it, beside), (shifted, less) = errors
+    assert less < 0.8 * beside
+    assert shifted > 2 * all_of_it  # it is for the bias to take that up
+
+
 @pytest.mark.parametrize("size", [1, 2, 30, 200])
 def test_the_factor_is_that_of_the_inverse(size):
     values = np.random.default_rng(size).normal(size=(3 * size, size))
