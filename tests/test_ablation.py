@@ -26,7 +26,7 @@ states = 2
 [head]
 width = 16
 [train]
-epochs = 25
+epochs = 15
 views = 0
 batch = 8
 learning_rate = 5e-3
