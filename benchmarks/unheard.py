@@ -25,6 +25,7 @@ from edge_ser.bundle import FP32_GRAPH, X86_GRAPH
 from edge_ser.recognizer import Recognizer
 from export.conditions import spread_over, under_conditions
 from export.corpora import Clip
+from export.errors import RecipeError
 from export.graph import export_graph
 from export.model import load_classifier
 from export.pack import describe
@@ -69,6 +70,9 @@ def parts(speech: Speech, trained: Path) -> list[Part]:
     Args:
         speech: Of a recipe with [train].
         trained: The folder of its training stage.
+
+    Raises:
+        RecipeError: A head has heard no speaker of the calibration.
     """
     settings, split = speech.recipe.train, speech.split
     assert settings  # only recipes with [train] have folds
@@ -83,6 +87,11 @@ def parts(speech: Speech, trained: Path) -> list[Part]:
     for name, clips in sides.items():
         away = speakers(clips)
         calibration = tuple(clip for clip in split.calibration if clip.speaker_key not in away)
+        if not calibration:
+            raise RecipeError(
+                f"{name}: it has heard none of the speakers that INT8 is calibrated with; "
+                "more data.calibration_clips or more train.folds are needed"
+            )
         others = set(heard) - set(calibration)
         left = [clip for clip in heard if clip in others and clip.speaker_key not in away]
         judged = tuple(spread_over(left, JUDGED))

@@ -9,6 +9,7 @@ from benchmarks.accuracy import EQUAL, accuracy_markdown, holds, rows
 from benchmarks.report import accuracy_plot
 from benchmarks.unheard import AS_IT_IS, FP32, OURS, parts
 from export.corpora import Clip
+from export.errors import RecipeError
 from export.recipe_file import recipe_from
 from export.speech import Speech
 from export.splits import pooled, speakers
@@ -97,7 +98,8 @@ def test_the_table_and_the_picture_have_every_row(tmp_path):
         assert image.format == "PNG"
 
 
-def test_every_clip_is_asked_once_of_a_head_that_knows_nothing_of_its_speaker(tmp_path):
+def small(folder, folds):
+    """Return speech of a recipe."""
     document = {
         "name": "small",
         "data": {
@@ -106,9 +108,13 @@ def test_every_clip_is_asked_once_of_a_head_that_knows_nothing_of_its_speaker(tm
         },
         "windows": {"window_s": 1.0, "hop_s": 0.5},
         "encoder": {"family": "whisper", "source": "small", "layers": 1},
-        "train": {"epochs": 1, "folds": 3},
+        "train": {"epochs": 1, "folds": folds},
     }  # fmt: skip
-    speech = Speech(recipe_from(document, tmp_path), make_corpora(tmp_path))
+    return Speech(recipe_from(document, folder), make_corpora(folder))
+
+
+def test_every_clip_is_asked_once_of_a_head_that_knows_nothing_of_its_speaker(tmp_path):
+    speech = small(tmp_path, folds=3)
     found = parts(speech, tmp_path)
     assert [part.head.name for part in found] == ["fold0", "fold1", "fold2", "whole"]
     asked = [clip for part in found for clip in part.asked]
@@ -121,6 +127,13 @@ def test_every_clip_is_asked_once_of_a_head_that_knows_nothing_of_its_speaker(tm
         assert not speakers(part.calibration) & (away | speakers(speech.split.test))
         assert not speakers(part.judged) & (away | speakers(speech.split.test))
         assert not set(part.calibration) & set(part.judged)
+
+
+def test_a_head_that_has_heard_no_speaker_of_the_calibration_is_one_line(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"^fold[01]: it has heard none of the speakers that INT8"
+    ):
+        parts(small(tmp_path, folds=2), tmp_path)
 
 
 def test_a_tool_that_is_not_known_is_refused(tmp_path, capsys):

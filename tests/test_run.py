@@ -59,7 +59,7 @@ batch = 8
 learning_rate = 5e-3
 average = 0.9
 tuned = 1
-folds = 2
+folds = 3
 """
 
 STUDENT = f"""
@@ -272,7 +272,7 @@ def test_the_student_that_has_heard_everybody_is_shipped(home, copy):
     assert not (copy / "out" / "student" / "seed0" / "train" / "refit").exists()
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 3), ("student", 2), ("folded", 3)])
+@pytest.mark.parametrize(("recipe", "expected"), [("teacher", 4), ("student", 2), ("folded", 3)])
 def test_a_run_tells_how_many_trainings_share_the_cores(home, recipe, expected):
     run = Run(home / f"{recipe}.toml", home / "corpora", home / "weights", home / "out")
     assert run.trainings == expected
@@ -345,11 +345,11 @@ def test_nothing_is_made_twice(copy, capsys):
     assert len(lines) == 2 + len(STAGES)
 
 
-def test_a_changed_key_makes_again_what_depends_on_it(copy):
+def test_a_changed_key_makes_again_what_depends_on_it_and_nothing_else(copy):
     before = made(copy)
-    change(copy, "teacher", "epochs = 20", "epochs = 21")
+    change(copy, "teacher", "[train]", "[quantize]\nclipping = true\n[train]")
     assert main(arguments(copy, "teacher")) == 0
-    assert remade(before, made(copy)) == seeded(*STAGES)
+    assert remade(before, made(copy)) == seeded("quantize", "certify", "bundle")
 
 
 @pytest.mark.parametrize(
@@ -626,10 +626,10 @@ def test_int8_is_compared_on_speakers_that_no_head_has_heard(home, capsys, tmp_p
         "base": True,
         "none": True,
     }
-    assert list(found["given_back"]) == ["fold0", "fold1", "whole"]
+    assert list(found["given_back"]) == ["fold0", "fold1", "fold2", "whole"]
     answers = home / "out" / "teacher" / "seed0" / "accuracy-variants"
     before = {file: file.stat().st_mtime_ns for file in answers.glob("*/answers of */*.json")}
-    assert len(before) == 3 * 3 * 3  # heads; systems; answers, conditions and what they hang on
+    assert len(before) == 4 * 3 * 3  # heads; systems; answers, conditions and what they hang on
     variants.write_text(variants.read_text().replace("gptq = false", "gptq = true"))
     stopped = answers / "whole" / "answers of base"
     stopped.rename(stopped.with_name("answers of base.partial"))
