@@ -1,15 +1,17 @@
 """The first convolution as a matrix product, where what follows wants its channels last.
 
 A convolution over raw samples has one channel in and stays float. ONNX Runtime writes its channels
-first, and turns them round for the LayerNormalization behind it; of an XLS-R encoder with INT8
-layers that takes a twentieth of the time. A product of frames of samples writes channels last. A
-frame is as long as the kernel, and the stride goes into it without a rest, so that frames are
-made of rows of one stride side by side.
+first, and turns them round for the LayerNormalization behind it: of XLS-R's convolutional encoder
+and three of its layers, in INT8, 15 of 270 ms (3 s, one thread, AVX2). A product of frames of
+samples writes channels last and takes 5. A frame is as long as the kernel, and the stride goes into
+it without a rest, so that frames are made of rows of one stride side by side.
 """
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
+
+from export.probe import Floats
 
 LAST = [0, 2, 1]  # (N, C, F) to (N, F, C)
 
@@ -52,9 +54,9 @@ def _product(
     graph: onnx.GraphProto,
     conv: NodeProto,
     output: str,
-    kernel: np.ndarray,
+    kernel: Floats,
     stride: int,
-    bias: np.ndarray | None,
+    bias: Floats | None,
 ) -> list[NodeProto]:
     """Return the nodes from the samples (N, 1, T) to ``output`` (N, F, O)."""
 
