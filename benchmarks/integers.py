@@ -1,4 +1,4 @@
-"""Integer products of other tools, computed rightly where this processor would cut off sums."""
+"""Integer products as float ones, where this processor would cut off their sums."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_ser.engines.onnx import OnnxEngine
 from export.pairs import cuts_off_sums
 from export.probe import engine_of
+from export.twice import REST_NAME
 
 
 def exact_engine(graph: Path) -> OnnxEngine:
     """Return an engine, of one thread, whose answers are those of a processor with VNNI."""
-    model = onnx.load(graph)
-    if not cuts_off_sums() or all(node.op_type != "MatMulInteger" for node in model.graph.node):
+    if not cuts_off_sums():
         return engine_of(graph, threads=1)
+    model = with_parts_summed(with_float_products(onnx.load(graph)))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / graph.name
-        onnx.save(with_float_products(model), file)
-        return OnnxEngine(file, threads=1)
+        onnx.save(model, file)
+        return engine_of(file, threads=1)
 
 
 def with_float_products(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -53,4 +54,28 @@ def with_float_products(model: onnx.ModelProto) -> onnx.ModelProto:
         ]
     del graph.node[:]
     graph.node.extend(nodes)
+    return model
+
+
+def with_parts_summed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a graph of `export.twice` that adds values of two parts, then multiplies.
+
+    As float numbers that is the same with half of the products.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    products = {node.name: node for node in graph.node if node.op_type in ("Gemm", "MatMul")}
+    for first in list(products.values()):
+        second = products.get(first.name + REST_NAME)
+        if second is None:
+            continue
+        both = next(node for node in graph.node if second.output[0] in node.input)
+        makers[both.input[0]].output[0] = both.output[0]
+        whole = f"{first.name}_whole"
+        summed = helper.make_node("Add", [first.input[0], second.input[0]], [whole], whole)
+        graph.node.insert(list(graph.node).index(first), summed)
+        first.input[0] = whole
+        graph.node.remove(second)
+        graph.node.remove(both)
     return model

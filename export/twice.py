@@ -17,6 +17,8 @@ from export.qdq import bias_and_output, drop_unused, unsigned, with_float_sums
 
 REST = 254
 """The steps of the second part in one of the first: what is left is half a step or less."""
+REST_NAME = "_rest"
+"""How the name ends of the node that multiplies the second part."""
 
 
 def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.ModelProto:
@@ -49,7 +51,7 @@ def _take_two_parts(graph: onnx.GraphProto, layers: Collection[str]) -> None:
             nodes, rests[rounded.name] = _rest(graph, sources[rounded.input[0]], rounded)
             _insert(graph, node, nodes)
         second = NodeProto.FromString(node.SerializeToString())
-        second.name, second.output[0] = f"{node.name}_rest", f"{node.output[0]}_rest"
+        second.name, second.output[0] = (f"{n}{REST_NAME}" for n in (node.name, node.output[0]))
         second.input[0] = rests[rounded.name]
         del second.input[2:]  # one bias is enough
         _insert(graph, node, [second])

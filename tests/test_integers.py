@@ -5,10 +5,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from benchmarks.integers import exact_engine, with_float_products
+from benchmarks.integers import exact_engine, with_float_products, with_parts_summed
 from export.pairs import cuts_off_sums
 from export.qdq import unsigned
 from export.quantize import calibrate
+from export.twice import x86_form
+from tests.test_twice import LAYERS, VALUES, expected, quantized
+from tests.test_twice import plain as plain_session
 
 SAMPLES = np.ones((2, 64), np.float32)
 WEIGHTS = np.random.default_rng(0).uniform(0.5, 1, (64, 3)).astype(np.float32)
@@ -73,3 +76,17 @@ def test_an_engine_answers_rightly_where_sums_are_cut_off(form, request):
     np.testing.assert_allclose(exact_engine(file).run(SAMPLES), expected, rtol=1e-2)
     cut_off = np.abs(answers(onnx.load(file)) - expected).max() > 0.1 * expected.max()
     assert cut_off == cuts_off_sums()
+
+
+@pytest.mark.parametrize("given_back", [(), ("product",), ("gemm", "bare"), LAYERS])
+def test_values_of_two_parts_are_multiplied_once_and_give_the_same(given_back):
+    model = x86_form(quantized(), given_back)
+    changed = with_parts_summed(model)
+    onnx.checker.check_model(changed, full_check=True)
+    counts = [
+        sum(node.op_type in ("Gemm", "MatMul") for node in one.graph.node)
+        for one in (model, changed)
+    ]
+    assert counts == [len(LAYERS) + len(given_back), len(LAYERS)]
+    (found,) = plain_session(changed).run(["logits"], {"samples": VALUES})
+    np.testing.assert_allclose(found, expected(given_back), atol=2e-5)
