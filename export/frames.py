@@ -20,7 +20,8 @@ def multiply_frames(graph: onnx.GraphProto) -> None:
     """Replace convolutions over one channel by products, where a Transpose follows, in place.
 
     Args:
-        graph: Its Conv read (N, 1, T), and their weights are constants.
+        graph: Other convolutions stay: padded, dilated, or of a kernel that is no multiple of the
+            stride.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for conv in [node for node in graph.node if node.op_type == "Conv"]:

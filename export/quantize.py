@@ -89,8 +89,8 @@ def quantize(
         given_back: Layers that will not round what they read: factors and biases are made for that.
 
     Returns:
-        Full precision, turned, centred and evened out, which changes nothing; the signed Q/DQ
-        graph, its nodes and tensors called alike; and the names of the quantized layers.
+        Full precision, turned, centred, evened out and shifted, which changes nothing; the signed
+        Q/DQ graph, its nodes and tensors called alike; and the names of the quantized layers.
     """
     settings = settings or Quantize()
     exact = onnx.ModelProto.FromString(fp32.SerializeToString())
@@ -114,8 +114,10 @@ def quantize(
     if settings.pairs:
         fit_pairs(exact, int8, layers)
     if settings.gptq:
-        how = {"pairs": settings.pairs, "about_means": settings.bias_correction}
-        round_weights(exact, int8, windows[:ROUNDING_WINDOWS], layers, **how)
+        round_weights(
+            exact, int8, windows[:ROUNDING_WINDOWS], layers,
+            pairs=settings.pairs, about_means=settings.bias_correction,
+        )  # fmt: skip
     if settings.centring:
         shift_one_sided(exact, int8, windows, layers, given_back)
     if settings.bias_correction:

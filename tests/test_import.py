@@ -12,8 +12,16 @@ PACKAGE = Path(edge_ser.__file__).parent
 HEAVY = {"torch", "onnxruntime", "onnx", "pyaudio", "soundfile", "soxr", "scipy"}
 
 
-@pytest.mark.parametrize("module", ["edge_ser", "edge_ser.cli", "edge_ser.engines"])
-def test_importing_loads_no_heavy_package(module):
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("edge_ser", HEAVY),
+        ("edge_ser.cli", HEAVY),
+        ("edge_ser.engines", HEAVY),
+        ("export.run", {"transformers"}),
+    ],
+)
+def test_importing_loads_no_heavy_package(module, heavy):
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -22,7 +30,7 @@ def test_importing_loads_no_heavy_package(module):
         text=True,
         check=True,
     )
-    assert HEAVY & set(done.stdout.split()) == set()
+    assert heavy & set(done.stdout.split()) == set()
 
 
 def test_public_names_are_there():
