@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_ser.engines.onnx import OnnxEngine
 from export.pairs import cuts_off_sums
 from export.probe import engine_of
+from export.qdq import drop_unused
 from export.twice import REST_NAME
 
 
@@ -70,12 +71,14 @@ def with_parts_summed(model: onnx.ModelProto) -> onnx.ModelProto:
         second = products.get(first.name + REST_NAME)
         if second is None:
             continue
-        both = next(node for node in graph.node if second.output[0] in node.input)
+        both = second
+        while both.op_type != "Add":  # behind a convolution's product is a Transpose
+            both = next(node for node in graph.node if both.output[0] in node.input)
         makers[both.input[0]].output[0] = both.output[0]
         whole = f"{first.name}_whole"
         summed = helper.make_node("Add", [first.input[0], second.input[0]], [whole], whole)
         graph.node.insert(list(graph.node).index(first), summed)
         first.input[0] = whole
-        graph.node.remove(second)
         graph.node.remove(both)
+    drop_unused(graph)
     return model

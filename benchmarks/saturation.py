@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_ser.bundle import X86_GRAPH, Bundle
 from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.testing import list_files
+from export.frames import turned_weights
 
 LENGTH = 64
 EXACT, SATURATED = LENGTH * 255 * 127, LENGTH // 2 * 32767
@@ -49,8 +50,10 @@ def with_seven_bits(bundle: Bundle, folder: Path) -> None:
     shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
     model = onnx.load(bundle.graph(machine="x86_64"))
     constants = {one.name: one for one in model.graph.initializer}
+    turned = turned_weights(model.graph)
     dequantized = [one.input for one in model.graph.node if one.op_type == "DequantizeLinear"]
-    for name, its_scale in {(one[0], one[1]) for one in dequantized if one[0] in constants}:
+    weights = {(turned.get(one[0], one[0]), one[1]) for one in dequantized}
+    for name, its_scale in {(one, scale) for one, scale in weights if one in constants}:
         weight, scale = constants[name], constants[its_scale]
         halved = np.rint(numpy_helper.to_array(weight) / 2).astype(np.int8)
         doubled = 2 * numpy_helper.to_array(scale)

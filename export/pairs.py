@@ -16,6 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from edge_ser.engines import has_vnni
+from export.frames import turned_weights
 
 LARGEST_SUM = 128
 """Of the weights of one sign in a pair: 128 * 255 = 32640, and 16 bits hold 32767."""
@@ -63,11 +64,12 @@ def largest_sum(model: onnx.ModelProto) -> int:
     """Return the largest of the `pair_sums` of all layers of a Q/DQ graph, 0 without any."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     scaled = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    largest = 0
+    turned, largest = turned_weights(model.graph), 0
     for node in model.graph.node:
         weight = scaled.get(node.input[1]) if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        if weight is not None and weight.input[0] in constants:
-            steps = numpy_helper.to_array(constants[weight.input[0]])
+        name = turned.get(weight.input[0], weight.input[0]) if weight else None
+        if name in constants:
+            steps = numpy_helper.to_array(constants[name])
             largest = max(largest, int(pair_sums(neighbours(node, steps)).max()))
     return largest
 
@@ -89,9 +91,10 @@ def pair_sums(rows: Weights) -> npt.NDArray[np.float32]:
 def neighbours(node: onnx.NodeProto, weight: Weights) -> Weights:
     """Return the weights of a layer in the order in which kernels multiply them, (D, O).
 
-    Convolutions of ONNX Runtime go over the input channels, then over the kernel.
+    Convolutions of ONNX Runtime, and products of frames, go over the input channels, then over the
+    kernel.
     """
-    if node.op_type == "Conv":
+    if weight.ndim > 2:  # in the graph for x86 a product may read those of a convolution
         return np.moveaxis(weight, 1, -1).reshape(len(weight), -1).T
     return weight.T if _transposed(node) else weight
 

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from export.frames import multiply_frames
-from export.qdq import bias_and_output, drop_unused, unsigned, with_float_sums
+from export.frames import multiply_frames, over_time
+from export.qdq import bias_and_output, drop_unused, give_unrounded, unsigned, with_float_sums
 
 REST = 254
 """The steps of the second part in one of the first: what is left is half a step or less."""
@@ -24,15 +24,19 @@ REST_NAME = "_rest"
 def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.ModelProto:
     """Return the graph that x86 runs: activations unsigned, some layers with values of two parts.
 
-    Convolutions among these multiply float values: ONNX Runtime has no INT8 kernel for one whose
-    sums are not rounded. A first convolution over samples is a product, see `export.frames`.
+    Convolutions over time are products, see `export.frames`, and their sums not rounded. Those of
+    other convolutions are, or ONNX Runtime would have no INT8 kernel for them; given back, such a
+    one multiplies float values.
 
     Args:
         int8: The signed Q/DQ graph.
         given_back: Names of its quantized nodes that are not to round what they read.
     """
-    products = {node.name for node in int8.graph.node if node.op_type != "Conv"} & {*given_back}
+    framed = over_time(int8.graph)
+    convolutions = {node.name for node in int8.graph.node if node.op_type == "Conv"}
+    products = {*given_back} - (convolutions - {node.name for node in framed})
     model = with_float_sums(int8, {*given_back} - products)
+    give_unrounded(model.graph, {node.output[0] for node in framed})
     _take_two_parts(model.graph, products)
     model = unsigned(model)
     multiply_frames(model.graph)

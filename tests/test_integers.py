@@ -10,7 +10,7 @@ from export.pairs import cuts_off_sums
 from export.qdq import unsigned
 from export.quantize import calibrate
 from export.twice import x86_form
-from tests.test_twice import LAYERS, VALUES, expected, quantized
+from tests.test_twice import LAYERS, VALUES, convolution, expected, quantized
 from tests.test_twice import plain as plain_session
 
 SAMPLES = np.ones((2, 64), np.float32)
@@ -90,3 +90,15 @@ def test_values_of_two_parts_are_multiplied_once_and_give_the_same(given_back):
     assert counts == [len(LAYERS) + len(given_back), len(LAYERS)]
     (found,) = plain_session(changed).run(["logits"], {"samples": VALUES})
     np.testing.assert_allclose(found, expected(given_back), atol=2e-5)
+
+
+def test_convolutions_of_two_parts_are_multiplied_once():
+    model = x86_form(convolution(1)[0], ["conv"])
+    changed = with_parts_summed(model)
+    onnx.checker.check_model(changed, full_check=True)
+    counts = [sum(n.op_type == "MatMul" for n in one.graph.node) for one in (model, changed)]
+    assert counts == [2, 1]
+    found, wanted = (
+        plain_session(one).run(["logits"], {"samples": VALUES})[0] for one in (changed, model)
+    )
+    np.testing.assert_allclose(found, wanted, atol=2e-5)

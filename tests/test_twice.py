@@ -2,7 +2,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn.functional import conv1d
 
 from export.probe import session_of
 from export.twice import REST, x86_form
@@ -106,9 +108,9 @@ def test_the_signed_graph_is_left_as_it_is():
     assert model == quantized()
 
 
-def test_convolutions_multiply_float_values():
-    """Their sums would be rounded, or their kernels be no INT8 ones."""
-    weight = RNG.integers(-127, 128, (4, 2, 3), np.int8)
+def convolution(group):
+    """Samples, as two channels of four, and an INT8 convolution of three; sums are rounded."""
+    weight = RNG.integers(-127, 128, (4, 2 // group, 3), np.int8)
     constants = {
         "scale": SCALE,
         "zero": np.int8(0),
@@ -123,7 +125,7 @@ def test_convolutions_multiply_float_values():
         helper.make_node("QuantizeLinear", ["channels", "scale", "zero"], ["q"], "q"),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"], "x"),
         helper.make_node("DequantizeLinear", ["weight", "weight_scale", "zeros"], ["w"], axis=0),
-        helper.make_node("Conv", ["x", "w"], ["sum"], "conv"),
+        helper.make_node("Conv", ["x", "w"], ["sum"], "conv", group=group),
         helper.make_node("QuantizeLinear", ["sum", "sum_scale", "zero"], ["sum_q"], "sum_q"),
         helper.make_node("DequantizeLinear", ["sum_q", "sum_scale", "zero"], ["sum_dq"], "sum_dq"),
         helper.make_node("Flatten", ["sum_dq"], ["logits"]),
@@ -136,9 +138,27 @@ def test_convolutions_multiply_float_values():
         [tensor("logits", TensorProto.FLOAT, ["n", 8])],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    (found,) = session_of(x86_form(model, ["conv"])).run(["logits"], {"samples": VALUES})
-    channels = VALUES.reshape(-1, 2, 4).astype(float)
-    wide = weight * SCALES["bare"].reshape(4, 1, 1).astype(float)
-    sums = np.stack([np.einsum("nct,oct->no", channels[:, :, t : t + 3], wide) for t in (0, 1)], 2)
-    np.testing.assert_allclose(found, sums.reshape(len(VALUES), -1), atol=1e-4)
+    opset = helper.make_opsetid("", 20)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=9), weight
+
+
+@pytest.mark.parametrize("group, given_back", [(1, []), (1, ["conv"]), (2, ["conv"])])
+def test_convolutions(group, given_back):
+    """Given back, one in groups multiplies float values: its INT8 kernel would round the sums."""
+    model, weight = convolution(group)
+    found = x86_form(model, given_back)
+    onnx.checker.check_model(found, full_check=True)
+    (logits,) = session_of(found).run(["logits"], {"samples": VALUES})
+    values = VALUES.astype(float)
+    if not given_back:
+        values = np.clip(np.round(VALUES / SCALE), -128, 127).astype(float) * SCALE
+    wide = torch.from_numpy(weight * SCALES["bare"].reshape(4, 1, 1).astype(float))
+    sums = conv1d(torch.from_numpy(values.reshape(-1, 2, 4)), wide, groups=group)
+    tolerance = 3 * 2 * 127 * 0.02 * SCALE / REST / 2 if group == 1 and given_back else 1e-4
+    np.testing.assert_allclose(logits, sums.reshape(len(VALUES), -1), atol=tolerance)
+
+
+def test_a_convolution_in_groups_rounds_its_sums():
+    model, _ = convolution(2)
+    (logits,) = session_of(x86_form(model)).run(["logits"], {"samples": VALUES})
+    np.testing.assert_array_equal(logits, np.round(logits / 0.5) * 0.5)
