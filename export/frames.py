@@ -4,11 +4,6 @@ A frame is what a kernel covers. Where values are rounded, frames are copied byt
 multiplies them by INT8 weights several times as fast as it convolves: the second convolution of
 Wav2Vec2-base takes 14.1 ms for 3 s of audio, its product 3.7 and its frames 1.8 (one thread, AMX).
 The sums of its INT8 convolutions must be rounded; those of a product are float.
-
-The first convolution hears raw samples, has one channel in and stays float. A product writes its
-channels last, as the LayerNormalization of XLS-R wants them: with its convolutional encoder and
-three of its layers, 15 of 270 ms were convolution and Transpose, and 5 are the product (3 s, one
-thread, AVX2).
 """
 
 from collections.abc import Sequence
@@ -36,33 +31,19 @@ def over_time(graph: onnx.GraphProto) -> list[NodeProto]:
         if node.op_type == "Conv"
         and node.input[0] in rounded
         and axes.get(rounded.get(node.input[1], "")) == 3
-        and _attribute(node, "group", 1) == 1
-        and _attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
+        and attribute(node, "group", 1) == 1
+        and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     ]
 
 
 def multiply_frames(graph: onnx.GraphProto) -> None:
-    """Replace convolutions by products, in place.
-
-    Args:
-        graph: Of its convolutions are replaced those of `over_time`, and float ones over one
-            channel that a Transpose follows, neither padded nor dilated, of a kernel that is a
-            multiple of the stride.
-    """
+    """Replace the convolutions of `over_time` by products, in place."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     sources = {output: node for node in graph.node for output in node.output}
     for conv in over_time(graph):
         values, weight = (sources[name] for name in conv.input[:2])
         dims = constants[weight.input[0]].dims
-        _replace(graph, [conv], _product_of_rounded(graph, conv, values, weight, dims))
-    for conv in [node for node in graph.node if node.op_type == "Conv"]:
-        behind = [node for node in graph.node if conv.output[0] in node.input]
-        if len(behind) == 1 and behind[0].op_type == "Transpose" and conv.input[1] in constants:
-            kernel = constants[conv.input[1]]
-            if _hears_samples(conv, kernel.dims) and list(behind[0].attribute[0].ints) == TURNED:
-                bias = constants[conv.input[2]] if len(conv.input) > 2 else None
-                nodes = _product_of_samples(graph, conv, behind[0].output[0], kernel, bias)
-                _replace(graph, [conv, behind[0]], nodes)
+        replace(graph, [conv], _product(graph, conv, values, weight, dims))
 
 
 def turned_weights(graph: onnx.GraphProto) -> dict[str, str]:
@@ -74,27 +55,38 @@ def turned_weights(graph: onnx.GraphProto) -> dict[str, str]:
     return {name: source for name, source in sources.items() if source in constants}
 
 
-class _Nodes:
-    """Nodes that take the place of another, and the constants that they read."""
+class Nodes:
+    """Nodes that take the place of another, and the constants that they read.
+
+    Args:
+        graph: Takes the constants.
+        name: Of the other node; theirs begin with it.
+
+    Attributes:
+        made: The nodes, in their order.
+    """
 
     def __init__(self, graph: onnx.GraphProto, name: str) -> None:
         self._graph, self._name = graph, name
         self.made: list[NodeProto] = []
 
     def constant(self, part: str, values: object, kind: type = np.int64) -> str:
+        """Add a constant; return its name."""
         name = f"{self._name}_{part}"
         self._graph.initializer.append(numpy_helper.from_array(np.array(values, kind), name))
         return name
 
     def add(self, operation: str, part: str, *inputs: str, **attributes: object) -> str:
+        """Add a node; return the name of what it gives."""
         name = f"{self._name}_{part}"
         self.made.append(helper.make_node(operation, inputs, [name], name, **attributes))
         return name
 
 
-def _replace(
+def replace(
     graph: onnx.GraphProto, nodes: Sequence[NodeProto], others: Sequence[NodeProto]
 ) -> None:
+    """Put nodes into the place of the first of others, in place."""
     place = list(graph.node).index(nodes[0])
     for node in nodes:
         graph.node.remove(node)
@@ -102,12 +94,13 @@ def _replace(
         graph.node.insert(place, other)
 
 
-def _attribute(node: NodeProto, name: str, otherwise: Any) -> Any:
+def attribute(node: NodeProto, name: str, otherwise: Any) -> Any:
+    """Return the value of an attribute of a node."""
     found = (helper.get_attribute_value(one) for one in node.attribute if one.name == name)
     return next(found, otherwise)
 
 
-def _product_of_rounded(
+def _product(
     graph: onnx.GraphProto,
     conv: NodeProto,
     values: NodeProto,
@@ -120,10 +113,10 @@ def _product_of_rounded(
     Runtime turns them once, when it opens the graph.
     """
     outputs, channels, kernel = dims
-    stride, apart = (_attribute(conv, name, [1])[0] for name in ("strides", "dilations"))
-    nodes = _Nodes(graph, conv.name)
+    stride, apart = (attribute(conv, name, [1])[0] for name in ("strides", "dilations"))
+    nodes = Nodes(graph, conv.name)
     integers, *how = values.input
-    if any(pads := _attribute(conv, "pads", [0, 0])):
+    if any(pads := attribute(conv, "pads", [0, 0])):
         sides = nodes.constant("sides", [0, 0, pads[0], 0, 0, pads[1]])
         integers = nodes.add("Pad", "padded", integers, sides, how[1])
     frames = nodes.add("Transpose", "turned", integers, perm=TURNED)
@@ -151,55 +144,4 @@ def _product_of_rounded(
     nodes.made.append(
         helper.make_node("Transpose", [total], conv.output, f"{conv.name}_back", perm=TURNED)
     )
-    return nodes.made
-
-
-def _hears_samples(conv: NodeProto, dims: Sequence[int]) -> bool:
-    return (
-        len(dims) == 3
-        and dims[1] == 1
-        and dims[2] % _attribute(conv, "strides", [1])[0] == 0
-        and _attribute(conv, "group", 1) == 1
-        and _attribute(conv, "dilations", [1]) == [1]
-        and not any(_attribute(conv, "pads", [0]))
-        and _attribute(conv, "auto_pad", b"NOTSET") == b"NOTSET"
-    )
-
-
-def _product_of_samples(
-    graph: onnx.GraphProto,
-    conv: NodeProto,
-    output: str,
-    kernel: onnx.TensorProto,
-    bias: onnx.TensorProto | None,
-) -> list[NodeProto]:
-    """Return the nodes from the samples (N, 1, T) to ``output`` (N, F, O).
-
-    To take single samples apart is slow, so frames are made of rows of one stride side by side.
-    """
-    weights = numpy_helper.to_array(kernel)[:, 0].T  # (K, O)
-    stride = _attribute(conv, "strides", [1])[0]
-    nodes = _Nodes(graph, conv.name)
-    zero, one = nodes.constant("zero", [0]), nodes.constant("one", [1])
-    size, time = nodes.constant("stride", [stride]), nodes.constant("time", [2])
-    length = nodes.add("Shape", "length", conv.input[0], start=2)
-    whole = nodes.add("Mul", "whole", nodes.add("Div", "rows_there", length, size), size)
-    cut = nodes.add("Slice", "cut", conv.input[0], zero, whole, time)
-    row = nodes.constant("row", [0, -1, stride])
-    rows = nodes.add("Reshape", "rows", cut, row)  # (N, T / stride, stride)
-    parts = []
-    for number in range(in_frame := len(weights) // stride):
-        # Row by row, a frame begins; as many rows behind it are its other parts.
-        start = nodes.constant(f"start_{number}", [number])
-        end = nodes.constant(f"end_{number}", [number - in_frame + 1 or END])
-        parts.append(nodes.add("Slice", f"part_{number}", rows, start, end, one))
-    if bias is not None:
-        # A sample of 1 in every frame: an Add behind the product would go over all its values.
-        sides = nodes.constant("sides", [0, 0, 0, 0, 0, 1])
-        sample = nodes.constant("sample", 1, np.float32)
-        parts[-1] = nodes.add("Pad", "with_one", parts[-1], sides, sample)
-        weights = np.concatenate([weights, numpy_helper.to_array(bias)[None]])
-    frames = nodes.add("Concat", "frames", *parts, axis=2) if len(parts) > 1 else parts[0]
-    matrix = nodes.constant("matrix", weights, np.float32)
-    nodes.made.append(helper.make_node("MatMul", [frames, matrix], [output], conv.name))
     return nodes.made

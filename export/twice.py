@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from export.first_layer import multiply_samples
 from export.frames import multiply_frames, over_time
 from export.qdq import bias_and_output, drop_unused, give_unrounded, unsigned, with_float_sums
 
@@ -24,9 +25,9 @@ REST_NAME = "_rest"
 def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.ModelProto:
     """Return the graph that x86 runs: activations unsigned, some layers with values of two parts.
 
-    Convolutions over time are products, see `export.frames`, and their sums not rounded. Those of
-    other convolutions are, or ONNX Runtime would have no INT8 kernel for them; given back, such a
-    one multiplies float values.
+    Convolutions over time are products, see `export.frames` and `export.first_layer`, and their
+    sums not rounded. Those of others are, or ONNX Runtime would have no INT8 kernel for them; given
+    back, such a one multiplies float values.
 
     Args:
         int8: The signed Q/DQ graph.
@@ -40,6 +41,7 @@ def x86_form(int8: onnx.ModelProto, given_back: Collection[str] = ()) -> onnx.Mo
     _take_two_parts(model.graph, products)
     model = unsigned(model)
     multiply_frames(model.graph)
+    multiply_samples(model.graph)
     drop_unused(model.graph)
     return model
 

@@ -8,116 +8,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn.functional import conv1d
 
-from export.frames import multiply_frames, over_time
+from export.frames import over_time
 from export.pairs import largest_sum
-from export.qdq import drop_unused
 from export.twice import x86_form
+from tests.test_first_layer import operations, run
 
-OUT = 7
 SIZE = np.float32(0.03)  # of a step of the values
-
-
-def network(kernel=10, *, channels=1, bias=True, perm=(0, 2, 1), read_twice=False, **conv):
-    """samples (N, T) -> convolution -> channels last."""
-    rng = np.random.default_rng(0)
-    conv.setdefault("strides", [5])
-    constants = {
-        "shape": np.array([0, channels, -1]),
-        "kernel": rng.normal(size=(OUT, channels, kernel)).astype(np.float32),
-        "bias": rng.normal(size=OUT).astype(np.float32),
-    }
-    inputs = ["x", "kernel", "bias"] if bias else ["x", "kernel"]
-    nodes = [
-        helper.make_node("Reshape", ["samples", "shape"], ["x"]),
-        helper.make_node("Conv", inputs, ["y"], "conv", **conv),
-        helper.make_node("Transpose", ["y"], ["frames"], perm=perm),
-    ]
-    outputs = ["frames", "y"] if read_twice else ["frames"]
-    if read_twice:
-        nodes.append(helper.make_node("Neg", ["y"], ["z"]))
-        outputs = ["frames", "z"]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["N", "T"])],
-        [helper.make_tensor_value_info(one, TensorProto.FLOAT, [*"ABC"]) for one in outputs],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-
-
-def run(model, samples):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {"samples": samples})[0]
-
-
-def changed(model):
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    multiply_frames(model.graph)
-    drop_unused(model.graph)
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def operations(model):
-    return {node.op_type for node in model.graph.node}
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    stride=st.integers(1, 5),
-    strides=st.integers(1, 3),
-    bias=st.booleans(),
-    more=st.integers(0, 23),
-    batch=st.integers(1, 3),
-)
-def test_products_of_frames_are_the_convolution(stride, strides, bias, more, batch):
-    kernel = stride * strides
-    model = network(kernel, bias=bias, strides=[stride])
-    product = changed(model)
-    assert not {"Conv", "Transpose"} & operations(product)
-    shape = (batch, kernel + more)
-    samples = np.random.default_rng(more).normal(size=shape).astype(np.float32)
-    np.testing.assert_allclose(run(product, samples), run(model, samples), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param({"kernel": 9}, id="kernel of 9 by 5"),
-        pytest.param({"channels": 2}, id="two channels"),
-        pytest.param({"perm": [2, 0, 1]}, id="turned otherwise"),
-        pytest.param({"pads": [3, 3]}, id="padded"),
-        pytest.param({"auto_pad": "SAME_UPPER"}, id="padded, unsaid"),
-        pytest.param({"dilations": [2]}, id="dilated"),
-        pytest.param({"read_twice": True}, id="read twice"),
-    ],
-)
-def test_other_convolutions_stay(other):
-    model = network(**other)
-    assert changed(model).SerializeToString() == model.SerializeToString()
-
-
-def test_the_graph_for_x86_multiplies_frames():
-    assert "Conv" not in operations(x86_form(network()))
-
-
-def test_a_convolution_that_ends_the_graph_or_has_computed_weights_stays():
-    model = network()
-    del model.graph.node[-1]
-    model.graph.output[0].name = "y"
-    assert operations(changed(model)) == {"Reshape", "Conv"}
-    model = network()
-    model.graph.node.insert(0, helper.make_node("Neg", ["kernel"], ["negative"]))
-    model.graph.node[2].input[1] = "negative"
-    assert "Conv" in operations(changed(model))
-
-
-# INT8
 
 
 def quantized(kernel, *, channels=4, bias=True, behind=(), **conv):
