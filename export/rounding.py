@@ -7,6 +7,7 @@ INT8 weights make at the output of a layer 2 to 20 times.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ DAMPING = 0.01  # of the mean of the diagonal, the paper's; keeps the inverse st
 HELD_BYTES = (
     2 << 30
 )  # a graph of 315 million parameters asks for 4e9, and is run once for each part
+MULTIPLIED_AT_ONCE = 4  # windows: to add up a product of (D, D) takes longer than to multiply one
 BLOCK = 128  # rows between two updates of all that follow: speed only
 
 
@@ -103,10 +105,13 @@ def second_moments(
     products: dict[str, npt.NDArray[np.float64]] = {}
     sums: dict[str, npt.NDArray[np.float64]] = {}
     count = dict.fromkeys(names, 0)
-    for values in tensor_values(model, names, windows):
-        for name, value in values.items():
-            frames = value.reshape(-1, value.shape[-1])
-            products[name] = products.get(name, 0) + (frames.T @ frames).astype(np.float64)
+    heard = tensor_values(model, names, windows)
+    while some := list(islice(heard, MULTIPLIED_AT_ONCE)):
+        for name in names:
+            frames = np.concatenate([v[name].reshape(-1, v[name].shape[-1]) for v in some])
+            channels = frames.shape[1]
+            products.setdefault(name, np.zeros((channels, channels)))
+            products[name] += frames.T @ frames
             sums[name] = sums.get(name, 0) + frames.sum(axis=0, dtype=np.float64)
             count[name] += len(frames)
     if about_means:

@@ -151,11 +151,13 @@ def factors_of_weights(weights: Floats, left: Vector) -> tuple[Floats, float]:
     """
     magnitudes = np.maximum(np.abs(weights), 1e-5).astype(np.float64)
 
-    def error(log: Vector, power: float) -> tuple[float, Vector]:
+    def error(log: Vector, power: int) -> tuple[float, Vector]:
         """The logarithm of the error, and its gradient."""
-        steps = magnitudes * np.exp(log)[:, None]
-        largest = steps.max(axis=0)
-        parts = (steps / largest) ** power
+        parts = magnitudes * np.exp(log)[:, None]
+        largest = parts.max(axis=0)
+        parts /= largest
+        for _ in range(power.bit_length() - 1):
+            parts *= parts  # raised to the power, far faster than by pow
         sums = parts.sum(axis=0)
         columns = np.square(largest * sums ** (1 / power))
         rows = left * np.exp(-2 * log)
@@ -163,7 +165,7 @@ def factors_of_weights(weights: Floats, left: Vector) -> tuple[Floats, float]:
         return float(np.log(columns.sum()) + np.log(rows.sum())), 2 * gradient
 
     log = -np.log(magnitudes.max(axis=1))  # the largest weights of all rows are alike
-    for power in POWERS:
+    for power in POWERS:  # of two
         log = minimize(error, log, power, jac=True, method="L-BFGS-B").x
     factor = np.exp(log - log.mean())
 
