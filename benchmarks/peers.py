@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,7 @@ def measure(
         in_child(first_moments, system, CALIBRATION_S, threads[0])
         for system in tqdm(systems, desc="load and memory", unit="process")
     ]
-    return {**result, "rows": rows, "loads": loads, "answers": in_child(_compare, prepared, clips)}
+    return {**result, "rows": rows, "loads": loads, "answers": _compare(prepared, clips)}
 
 
 def systems_of(prepared: Prepared) -> list[System]:
@@ -180,7 +181,11 @@ def _compile(torch: Any, network: Any) -> Any:
 
 
 def _compare(prepared: Prepared, clips: dict[float, list[Samples]]) -> list[Row]:
-    """Compare the answers of all systems with those of the first. Runs in a process of its own."""
+    """Compare the answers of all systems with those of the first.
+
+    Each answers in a process of its own: several networks of 315 million parameters in one take
+    more memory than a small machine has, and what has been measured would be lost with it.
+    """
     asked: list[tuple[str, Any]] = [
         ("ONNX FP32", partial(graph_answers, prepared.fp32, prepared.fp32)),
         ("torch FP32, eager", partial(_torch_answers, prepared.checkpoint, False)),
@@ -197,9 +202,12 @@ def _compare(prepared: Prepared, clips: dict[float, list[Samples]]) -> list[Row]
         row: Row = {"system": name}
         rows.append(row)
         try:
-            answers = {window_s: ask(windows) for window_s, windows in clips.items()}
+            answers = in_child(_all_answers, ask, clips)
         except (EdgeSerError, ImportError, OSError) as exc:
             row["not_measured"] = str(exc)
+            continue
+        except BrokenProcessPool:
+            row["not_measured"] = "its process died; is the memory full?"
             continue
         references = references or answers
         row["windows"] = [
@@ -212,6 +220,12 @@ def _compare(prepared: Prepared, clips: dict[float, list[Samples]]) -> list[Row]
         ]
     refused = [{"system": k, "not_measured": v} for k, v in prepared.refused.items()]
     return rows + refused
+
+
+def _all_answers(
+    ask: Callable[[list[Samples]], list[Answer]], clips: dict[float, list[Samples]]
+) -> dict[float, list[Answer]]:
+    return {window_s: ask(windows) for window_s, windows in clips.items()}
 
 
 def _torch_answers(checkpoint: Path, compiled: bool, windows: Sequence[Samples]) -> list[Answer]:

@@ -2,7 +2,8 @@
 
 The signed graph is the only form that TensorRT 10.3 and 11 both accept (symmetric, zero points 0,
 weights per channel). Its activations rewritten to unsigned with zero point 128 stand for the same
-numbers, and on x86 with VNNI ONNX Runtime multiplies those several times faster.
+numbers, and on x86 with VNNI ONNX Runtime multiplies those several times faster. Beside that, only
+the sums of convolutions over time differ: that graph does not round them, see `export.frames`.
 """
 
 import json
