@@ -103,16 +103,21 @@ def second_moments(
         about_means: Whether each channel is taken less its mean over all frames.
     """
     products: dict[str, npt.NDArray[np.float64]] = {}
+    middles: dict[str, Floats] = {}
     sums: dict[str, npt.NDArray[np.float64]] = {}
     count = dict.fromkeys(names, 0)
     heard = tensor_values(model, names, windows)
     while some := list(islice(heard, MULTIPLIED_AT_ONCE)):
         for name in names:
             frames = np.concatenate([v[name].reshape(-1, v[name].shape[-1]) for v in some])
-            channels = frames.shape[1]
-            products.setdefault(name, np.zeros((channels, channels)))
+            if name not in products:
+                channels = frames.shape[1]
+                products[name], sums[name] = np.zeros((channels, channels)), np.zeros(channels)
+                middles[name] = frames.mean(axis=0) if about_means else np.zeros(1, np.float32)
+            # Where values hardly vary, float32 would lose that in the squares of their means.
+            frames = frames - middles[name]
             products[name] += frames.T @ frames
-            sums[name] = sums.get(name, 0) + frames.sum(axis=0, dtype=np.float64)
+            sums[name] += frames.sum(axis=0, dtype=np.float64)
             count[name] += len(frames)
     if about_means:
         for name, total in sums.items():

@@ -133,6 +133,17 @@ def test_second_moments_are_sums_of_outer_products():
     np.testing.assert_allclose(found["x"], len(frames) * np.cov(frames.T, ddof=0), atol=1e-1)
 
 
+def test_moments_about_means_that_are_far_larger_than_what_varies():
+    """As in a network whose last layers have learned little: no factor could be found of them."""
+    means = np.linspace(-3000, 3000, 40, dtype=np.float32)
+    heard = [(window.reshape(-1, 40) / 8 + means).ravel() for window in WINDOWS]
+    frames = np.concatenate(heard).reshape(-1, 40).astype(np.float64)
+    found = second_moments(network(), ["x"], heard, about_means=True)["x"]
+    exact = len(frames) * np.cov(frames.T, ddof=0)
+    np.testing.assert_allclose(found, exact, atol=1e-5 * exact.max())
+    assert np.isfinite(ordered(found)[1]).all()
+
+
 def quantized(fp32, folder):
     onnx.save(fp32, folder / "fp32.onnx")
     quantize_static(
