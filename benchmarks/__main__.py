@@ -198,7 +198,7 @@ def _accuracy(args: argparse.Namespace) -> None:
     from benchmarks.unheard import PEERS
 
     places = (args.recipe, args.corpora, args.weights, args.out)
-    tools = PEERS if args.tools is None else args.tools.split(",")
+    tools = PEERS if args.tools is None else [one for one in args.tools.split(",") if one]
     if unknown := [name for name in tools if name not in PEERS]:
         args.usage(f"argument --tools: {unknown[0]!r}; allowed: {', '.join(PEERS)}")
     result = measure(*places, args.seed, args.variants, tools)
@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     option(accuracy, "--seed", int, 0, "N", "of the run (0)")
     text = "variants of the recipe's [quantize], in place of other tools"
     option(accuracy, "--variants", read.existing, None, "FILE", text)
-    text = "which other tools, such as onnxruntime_dynamic (all that are known)"
+    text = "which other tools, such as onnxruntime_dynamic; '' for none (all that are known)"
     option(accuracy, "--tools", str, None, "NAME,NAME", text)
     for verb, runs in ((latency, 100), (peers, 30)):
         option(verb, "--threads", read.numbers, [1, 2], "N,N", "numbers of threads (1,2)")

@@ -79,7 +79,7 @@ def measure(
         found = [job.result() for job in tqdm(started, desc="heads", unit="head")]
     words = f" --variants {variants.name}" if variants else ""
     if not variants and tuple(tools) != PEERS:
-        words = f" --tools {','.join(tools)}"
+        words = f" --tools {','.join(tools) or repr('')}"
     return {
         "schema": 1,
         "benchmark": "accuracy",
