@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from export.frames import END, TURNED, Nodes, attribute, replace
+from export.frames import END, TURNED
+from export.nodes import Nodes, attribute, replace
 
 Floats = npt.NDArray[np.float32]
 

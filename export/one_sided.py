@@ -15,6 +15,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from export.centre import add_to_bias
+from export.nodes import attribute
 from export.pairs import neighbours
 from export.probe import Floats, tensor_values
 
@@ -79,15 +80,13 @@ def shift_one_sided(
 
 def _allow_shift(layers: Sequence[NodeProto]) -> bool:
     """Return whether what layers read can be shifted: zeros beside it must be written first."""
-    explicit = all(
-        part.name != "auto_pad" or part.s == b"NOTSET" for node in layers for part in node.attribute
-    )
+    explicit = all(attribute(node, "auto_pad", b"NOTSET") == b"NOTSET" for node in layers)
     return explicit and (len(layers) == 1 or not any(any(_pads(node)) for node in layers))
 
 
 def _pads(node: NodeProto) -> list[int]:
     """Return how many zeros a convolution reads before and behind its values, axis by axis."""
-    return next((list(part.ints) for part in node.attribute if part.name == "pads"), [])
+    return list(attribute(node, "pads", []))
 
 
 def _subtract(

@@ -145,3 +145,9 @@ def test_a_tool_that_is_not_known_is_refused(tmp_path, capsys):
         "benchmarks: argument --tools: 'magic'; allowed: onnxruntime_dynamic, onnxruntime_static, "
         "modelopt_default\n"
     )
+
+
+def test_no_tool_is_a_choice_of_tools(tmp_path, capsys):
+    places = ["--corpora", str(tmp_path), "--out", str(tmp_path)]
+    assert main(["accuracy", str(tmp_path), *places, "--tools", ""]) == 1  # a folder is no recipe
+    assert "--tools" not in capsys.readouterr().err
