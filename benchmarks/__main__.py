@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -42,7 +43,8 @@ Close other programs: ratios survive a busy machine, milliseconds do not.
 """
 
 _PEERS = """A peer whose package is missing says "not measured" and how to install it: all are in
-pip install -e ".[peers]". The graphs stay in --out and are made again only when they must be.
+pip install -e ".[peers]". The graphs stay in --out and are made again only when they must be. A
+run that was stopped goes on behind what it has measured.
 
 examples:
   python -m benchmarks peers ./my-wav2vec2 --calibration train.csv --clips speech --out DIR
@@ -168,8 +170,10 @@ def _peers(args: argparse.Namespace) -> None:
         subject["agreement"] = (
             "Random weights: latency, size and memory only; agreement means nothing."
         )
-    result = measure(prepared, clips, threads=args.threads, runs=args.runs)
+    home = args.out / "measured"
+    result = measure(prepared, clips, home, threads=args.threads, runs=args.runs)
     _show(args, {**result, "subject": subject}, peers_markdown, peers_plot)
+    shutil.rmtree(home)  # it is for runs that are stopped: the next one measures anew
 
 
 def _gpu(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ This file imports neither torch nor the tools: what it runs is to be measured wi
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from edge_ser.engines.onnx import OnnxEngine
 from edge_ser.errors import EdgeSerError
 from edge_ser.external_data import external_files
 from edge_ser.timing import WARM_UP, noise
+from export.stage import KEY_FILE, fingerprint, run_stage
 
 Samples = NDArray[np.float32]
 
@@ -45,6 +47,7 @@ PACKAGES = (
     "numpy", "onnx", "onnxruntime", "torch", "transformers", "optimum", "optimum-onnx",
     "nvidia-modelopt",
 )  # fmt: skip
+MEASURED = "measured.json"
 CALIBRATION_S = 3.0
 """Seconds of each calibration window, and of the one that memory is measured with."""
 
@@ -69,16 +72,18 @@ class Prepared:
 def measure(
     prepared: Prepared,
     clips: dict[float, list[Samples]],
+    home: Path,
     *,
     threads: Sequence[int],
     runs: int,
 ) -> Row:
-    """Measure everything.
+    """Measure everything; a run that was stopped goes on behind what it has measured.
 
     Args:
         prepared: What `benchmarks.prepare.prepare` returns.
         clips: For each length in s, windows of it, float32 (T,) at 16 kHz, whose answers are
             compared; all are of the same clips.
+        home: Keeps what is measured.
         threads: Numbers of threads.
         runs: Rounds that count.
 
@@ -86,10 +91,11 @@ def measure(
         The JSON object that `benchmarks.report` shows.
     """
     systems = systems_of(prepared)
+    source = machine.provenance(PACKAGES)
     result = {
         "schema": 1,
         "benchmark": "peers",
-        **machine.provenance(PACKAGES),
+        **source,
         "protocol": {
             "windows_s": list(clips),
             "runs": runs,
@@ -98,16 +104,35 @@ def measure(
             "memory_window_s": CALIBRATION_S,
         },
     }
+    made = [prepared.fp32, *(f for name, f, _ in prepared.graphs if name not in prepared.refused)]
+    reads = {
+        "graphs": fingerprint(file.parent / KEY_FILE for file in made),
+        "refused": prepared.refused,
+        **{name: source[name] for name in ("commit", "versions")},
+        "machine": {k: v for k, v in source["machine"].items() if k != "load_average"},
+    }
     rows = []
     for count in threads:
         for window_s in clips:
-            measured = in_child(take_turns, systems, window_s, count, runs)
+            asked = (systems, window_s, count, runs)
+            folder = home / f"threads {count}, {window_s:g} s"
+            measured = _once(folder, {**reads, "runs": runs}, take_turns, *asked)
             rows += [{**row, "window_s": window_s} for row in add_statistics(measured, window_s)]
     loads = [
-        in_child(first_moments, system, CALIBRATION_S, threads[0])
-        for system in tqdm(systems, desc="load and memory", unit="process")
+        _once(home / f"load {place}", reads, first_moments, system, CALIBRATION_S, threads[0])
+        for place, system in enumerate(tqdm(systems, desc="load and memory", unit="process"))
     ]
     return {**result, "rows": rows, "loads": loads, "answers": _compare(prepared, clips)}
+
+
+def _once(folder: Path, reads: Row, function: Callable[..., Any], *args: object) -> Any:
+    """Return what a function returns in a fresh process, or did in a run that was stopped."""
+
+    def make(folder: Path) -> None:
+        (folder / MEASURED).write_text(json.dumps(in_child(function, *args)))
+
+    run_stage(folder, reads, make)
+    return json.loads((folder / MEASURED).read_text())
 
 
 def systems_of(prepared: Prepared) -> list[System]:

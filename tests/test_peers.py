@@ -129,6 +129,21 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def hide_tools(home, patch):
+    for package in ("torch", "optimum", "modelopt"):
+        (home / f"{package}.py").write_text(f"raise ImportError(\"No module named '{package}'\")\n")
+    patch.syspath_prepend(home)
+    patch.setenv("CXX", "no-compiler")
+
+
+def words_of(checkpoint, out, home):
+    words = [
+        "peers", checkpoint, "--out", out, "--windows", "0.5,1", "--threads", "1", "--runs", "2",
+        "--json", home / "r.json", "--markdown", home / "r.md", "--plot", home / "r.png",
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
 @pytest.fixture(scope="module")
 def measured(checkpoint, tmp_path_factory):
     """Measured where torch, optimum, modelopt and a C++ compiler are not there.
@@ -136,18 +151,48 @@ def measured(checkpoint, tmp_path_factory):
     That is quick. The processes that measure find none of them; this one has made the graph.
     """
     home = tmp_path_factory.mktemp("measured")
-    for package in ("torch", "optimum", "modelopt"):
-        (home / f"{package}.py").write_text(f"raise ImportError(\"No module named '{package}'\")\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(home)
-        patch.setenv("CXX", "no-compiler")
-        words = [
-            "peers", checkpoint, "--out", home / "out", "--windows", "0.5,1", "--threads", "1",
-            "--runs", "2", "--json", home / "r.json", "--markdown", home / "r.md",
-            "--plot", home / "r.png",
-        ]  # fmt: skip
-        assert main(list(map(str, words))) == 0
+        hide_tools(home, patch)
+        assert main(words_of(checkpoint, home / "out", home)) == 0
     return json.loads((home / "r.json").read_text()), home
+
+
+DYING = """import os, pathlib
+seen = pathlib.Path({seen!r})
+with seen.open("a") as file:
+    file.write(f"{{os.getpid()}}\\n")
+if len(set(seen.read_text().split())) in {dying}:
+    os._exit(9)
+raise ImportError("No module named 'torch'")
+"""
+
+
+def test_a_run_that_dies_goes_on_and_a_system_that_dies_is_a_row(
+    measured, checkpoint, tmp_path, capfd
+):
+    """Torch kills the second process that imports it, which times 1 s, and the fifth."""
+    first, home = measured
+    seen, words = tmp_path / "seen", words_of(checkpoint, home / "out", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        hide_tools(tmp_path, patch)
+        (tmp_path / "torch.py").write_text(DYING.format(seen=str(seen), dying=(2, 5)))
+        assert main(words) == 1
+        line = "benchmarks: a measuring process died; is the memory full?"
+        assert capfd.readouterr().err.splitlines()[-1] == line
+        kept = home / "out" / "measured" / "threads 1, 0.5 s"
+        rows = json.loads((kept / "measured.json").read_text())
+        assert main(words) == 0
+        assert capfd.readouterr().err.count(f"{kept}: nothing changed") == 1
+    result = json.loads((tmp_path / "r.json").read_text())
+    for row, before in zip(result["rows"], rows, strict=False):
+        assert row.items() >= before.items()
+    assert len(result["rows"]) == len(first["rows"])
+    answers = {row["system"]: row for row in result["answers"]}
+    dead = {"system": SYSTEMS[1], "not_measured": "its process died; is the memory full?"}
+    expected = {row["system"]: row for row in first["answers"]} | {SYSTEMS[1]: dead}
+    assert answers == expected
+    assert len(set(seen.read_text().split())) == 5
+    assert not (home / "out" / "measured").exists()
 
 
 MISSING = {name: "modelopt" if "modelopt" in name else "optimum" for name in ROWS[:5]}
