@@ -39,7 +39,7 @@ class Nodes:
 def replace(
     graph: onnx.GraphProto, nodes: Sequence[NodeProto], others: Sequence[NodeProto]
 ) -> None:
-    """Put nodes into the place of the first of others, in place."""
+    """Remove nodes and put others into the place of the first of them, in place."""
     place = list(graph.node).index(nodes[0])
     for node in nodes:
         graph.node.remove(node)
