@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.turns import Row, in_child
 from edge_ser.errors import DeviceError, EdgeSerError, MissingDependency
+from export.parent import end_with_parent
 
 ENDING_S = 30.0
 """What a process that has told all gets to end by itself: drivers take their time, or hang."""
@@ -64,6 +65,7 @@ def _next(here: Connection, process: Any, longest_s: float) -> tuple[Row, bool]:
 
 def _work(there: Connection, function: Callable[[Any], Row], items: Sequence[Any]) -> None:
     """Tell of each item, and whether another follows here. What the process runs."""
+    end_with_parent()
     for number, item in enumerate(items, start=1):
         more = number < len(items)
         try:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from edge_ser.errors import EdgeSerError
 from edge_ser.timing import WARM_UP, noise, peak_memory_mb, summary
+from export.parent import end_with_parent
 
 Turn = Callable[[], object]
 Row = dict[str, Any]
@@ -169,5 +170,5 @@ def warm_ms(run: Turn) -> float:
 
 def in_child(function: Callable[..., Any], *args: object) -> Any:
     """Return what a function returns in a fresh process; peak memory is then its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent) as pool:
         return pool.submit(function, *args).result()

@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+
+from export.parent import end_with_parent
 
 
 def workers(each: int = 1, begin: Callable[[], None] | None = None) -> ProcessPoolExecutor:
@@ -26,15 +27,6 @@ def workers(each: int = 1, begin: Callable[[], None] | None = None) -> ProcessPo
 
 def _begin(begin: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
-    # A killed parent cannot stop its workers, and what they went on to write would be in the way
-    # of the run that goes on.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if begin:
         begin()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -1,8 +1,11 @@
 """What is done in processes that may die. This file imports little: each of them imports it."""
 
+import contextlib
 import os
 import signal
 import time
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +62,51 @@ def test_what_is_done_is_told_at_once_and_who_stops_asking_ends_the_process():
     asked.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def hang(file):
+    file.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def hang_alone(file):
+    alone(hang, file)
+
+
+def hang_as_an_item(file):
+    next(each(hang, [file], longest_s=600))
+
+
+@pytest.mark.parametrize("begin", [hang_alone, hang_as_an_item])
+def test_no_process_outlives_the_one_that_measures(begin, tmp_path):
+    file = tmp_path / "process"
+    measuring = get_context("spawn").Process(target=begin, args=(file,))
+    measuring.start()
+    wait_for(lambda: file.exists() and file.read_text())
+    os.kill(measuring.pid, signal.SIGKILL)
+    measuring.join()
+    try:
+        wait_for(lambda: not running(int(file.read_text())))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within a minute")
+
+
+def running(process):
+    """Return whether a process has not ended; one that nobody has waited for has."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_alone_is_the_result_or_one_line():
