@@ -118,6 +118,7 @@ def measure(
             folder = home / f"threads {count}, {window_s:g} s"
             measured = _once(folder, {**reads, "runs": runs}, take_turns, *asked)
             rows += [{**row, "window_s": window_s} for row in add_statistics(measured, window_s)]
+    reads["threads"] = threads[0]
     loads = [
         _once(home / f"load {place}", reads, first_moments, system, CALIBRATION_S, threads[0])
         for place, system in enumerate(tqdm(systems, desc="load and memory", unit="process"))

@@ -23,7 +23,7 @@ from benchmarks import subjects
 from benchmarks.__main__ import main
 from benchmarks.agreement import frame_cosine, graph_answers, labels_equal, torch_answers
 from benchmarks.machine import ROOT
-from benchmarks.peers import CALIBRATION_S, Prepared, load_network, systems_of
+from benchmarks.peers import CALIBRATION_S, Prepared, load_network, measure, systems_of
 from benchmarks.prepare import CALIBRATION, calibration_windows, prepare
 from benchmarks.quantizers import QUANTIZERS, make_ours_of_random, run_quantizer
 from benchmarks.turns import in_child
@@ -193,6 +193,17 @@ def test_a_run_that_dies_goes_on_and_a_system_that_dies_is_a_row(
     assert answers == expected
     assert len(set(seen.read_text().split())) == 5
     assert not (home / "out" / "measured").exists()
+
+
+def test_what_was_measured_with_other_threads_is_not_taken(measured, checkpoint, tmp_path):
+    _, home = measured
+    prepared = Prepared(checkpoint, home / "out" / "fp32" / "model.onnx", (), {})
+    clips = {0.5: subjects.synthetic_speech(1, 0.5, seed=3)}
+    with pytest.MonkeyPatch.context() as patch:
+        hide_tools(tmp_path, patch)
+        for count in (1, 2):
+            found = measure(prepared, clips, tmp_path / "kept", threads=[count], runs=1)
+            assert {row["threads"] for row in (*found["rows"], *found["loads"])} == {count}
 
 
 MISSING = {name: "modelopt" if "modelopt" in name else "optimum" for name in ROWS[:5]}
