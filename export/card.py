@@ -101,13 +101,14 @@ def _scores(certificate: Mapping[str, Any]) -> list[str]:
 
 
 def _float_layers(found: Mapping[str, Any]) -> list[str]:
-    """Name the layers that could be INT8 and are not; count the others, which stay so anyway."""
+    """Name the layers that do not round what they read; count the nodes that are float anyway."""
     counts = Counter(
         reason for name, reason in found["float_nodes"].items() if name not in found["given_back"]
     )
     named = [f"`{name}` ({found['float_nodes'][name]})" for name in found["given_back"]]
     kinds = [f"{count} {reason}" for reason, count in counts.items()]
-    return [f"Layers that stay float: {', '.join([*named, *kinds])}.", ""]
+    given_back = f"Given back, reading what is not rounded: {', '.join(named)}. " if named else ""
+    return [f"{given_back}Stay float: {', '.join(kinds)}.", ""]
 
 
 def _adapted(rows: list[Mapping[str, Any]]) -> list[str]:

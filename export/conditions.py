@@ -158,6 +158,6 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for row in found:
         graphs = ("fp32", "int8")
         ua = [f"{row['ua'][graph]:.3f}" if "ua" in row else "" for graph in graphs]
-        cells = (row["condition"], row["clips"], f"{row['labels_equal']:.1%}", f"{row['kl']:.4f}")
+        cells = (row["condition"], row["clips"], f"{row['labels_equal']:.1%}", f"{row['kl']:.1e}")
         lines.append(f"| {' | '.join(map(str, (*cells, *ua)))} |")
     return "\n".join(lines) + "\n"

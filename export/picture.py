@@ -11,6 +11,8 @@ from export.adapt import KINDS
 
 SYSTEMS = {"fp32": "full precision", "int8_x86": "INT8"}
 
+NAME = 28  # letters of a layer's name beside its bar
+
 
 def draw(certificate: Mapping[str, Any], file: Path) -> None:
     """Draw a certificate as PNG, 850 pixels high and 500 wide for every two panels.
@@ -48,7 +50,8 @@ def accuracy(axis: Any, certificate: Mapping[str, Any]) -> None:
         spread = np.abs([[i["low"], i["high"]] for i in intervals] - values[:, None]).T
         where = np.arange(len(values)) + 0.38 * place
         axis.bar(where, values, 0.36, yerr=spread, capsize=3, label=title)
-    axis.set_xticks(np.arange(len(names) + 1) + 0.19, [*names, "pooled\n(all labels)"])
+    where = np.arange(len(names) + 1) + 0.19
+    axis.set_xticks(where, [*names, "pooled, all labels"], rotation=20, ha="right")
     axis.set_ylim(0, 1)
     axis.set_ylabel("unweighted accuracy")
     axis.set_title("Test speakers, 95 % intervals")
@@ -139,13 +142,20 @@ def layers(axis: Any, certificate: Mapping[str, Any]) -> None:
     """Draw the layers whose rounding alone moves the answers most; hatched, those given back."""
     found = certificate["quantization"]
     worst = dict(list(found["alone"].items())[:12])
-    bars = axis.barh([name[-28:] for name in worst], list(worst.values()))
+    bars = axis.barh([_end_of(name) for name in worst], list(worst.values()))
     for bar, name in zip(bars, worst, strict=True):
         bar.set_hatch("//" if name in found["given_back"] else "")
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlabel("divergence of the answers, nats")
-    axis.set_title("One layer in INT8, the worst (hatched: reads float)")
+    axis.set_title("One layer in INT8 (hatched: given back)")
+
+
+def _end_of(name: str) -> str:
+    """Return the last parts of a layer's name, as many as a panel has room for."""
+    while len(name) > NAME and "." in name:
+        name = name.partition(".")[2]
+    return name
 
 
 def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:
@@ -155,6 +165,7 @@ def float_layers(axis: Any, certificate: Mapping[str, Any]) -> None:
     for row in rows:
         text = f" {row['float_layers']}, {row['mb']:.1f} MB"
         axis.annotate(text, (row["time"], row["divergence"]))
+    axis.margins(x=0.25)  # for the words beside the rightmost point
     axis.set_yscale("log")
     axis.set_xlabel("time, full precision is 1")
     axis.set_ylabel("divergence of the answers, nats")

@@ -114,7 +114,7 @@ def test_equal_graphs_have_nothing_between_them(bundle, clips):
     assert all("ua" not in row for row in found)
     lines = table(found).splitlines()
     assert lines[2].startswith("| 1 s | ")
-    assert lines[-1] == f"| noise, 10 dB | {len(clips)} | 100.0% | 0.0000 |  |  |"
+    assert lines[-1] == f"| noise, 10 dB | {len(clips)} | 100.0% | 0.0e+00 |  |  |"
 
 
 def test_no_more_clips_are_heard_than_a_row_needs(bundle, clips, monkeypatch):
