@@ -216,9 +216,8 @@ def test_the_card_has_the_table_of_the_certificate(graphs):
     assert "the same label as full precision on 98.8% of the clips and keeps 99.1%" in card
     assert "pooled among all labels. Seed 7." in card
     assert "96.4% were called uncertain" in card
-    assert (
-        "Given back, reading what is not rounded: `c` (alone 2.0e-03 nats). Stay float: 2 front end."
-    ) in card
+    assert "Given back, reading what is not rounded: `c` (alone 2.0e-03 nats). Stay" in card
+    assert "Stay float: 2 front end." in card
 
 
 def test_the_card_names_corpora_and_languages(graphs):
