@@ -21,6 +21,7 @@ from edge_ser.samples import sample_paths
 from edge_ser.selftest import deviation
 from edge_ser.testing import list_files, make_bundle
 from export.errors import CorpusError
+from export.frames import turned_weights
 from export.stage import partial_of
 from tests.speech_corpus import SPEAKERS, make_corpora
 
@@ -192,10 +193,12 @@ def test_seven_bits_are_the_same_weights_rounded_to_twice_the_step(tmp_path):
 
 
 def weights(model):
-    """Return INT8 weights and their scales by name."""
+    """Return INT8 weights, those of convolutions too, and their scales by name."""
     constants = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    turned = turned_weights(model.graph)
     pairs = [node.input for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    return {one[0]: (constants[one[0]], constants[one[1]]) for one in pairs if one[0] in constants}
+    found = {(turned.get(one[0], one[0]), one[1]) for one in pairs}
+    return {name: (constants[name], constants[its]) for name, its in found if name in constants}
 
 
 def test_what_is_left_when_two_products_are_added_in_16_bits():

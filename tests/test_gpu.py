@@ -157,7 +157,9 @@ def test_without_a_folder_weights_are_random_and_the_embedded_int8_is_trained(wh
     assert int8.weights.metadata.name == "tiny"
     window = synthetic_speech(1, 1.0, seed=3)[0][None]
     expected = engine_of(int8.weights.reference).run(window)
-    np.testing.assert_allclose(engine_of(int8.file).run(window), expected, atol=0.1)
+    # Fused, convolutions between Q/DQ with half scales are wrong in ONNX Runtime 1.32.
+    found = OnnxEngine(int8.file, float_arithmetic=True).run(window)
+    np.testing.assert_allclose(found, expected, atol=0.1)
     fp32 = OnnxEngine(whisper.graphs["fp32"].file).run(window)
     with torch.inference_mode():
         logits, _ = whisper.network.load()(torch.from_numpy(window))
