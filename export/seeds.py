@@ -1,7 +1,9 @@
 """One recipe with several seeds, and the table of what they scored."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,15 @@ def run_seeds(
         run.keys.update(runs[0].keys)
     # Training by processor time learns less from it where processes share a core.
     with workers(runs[0].trainings) as pool:
-        for result in [pool.submit(_run_seed, run) for run in runs]:
-            result.result()
+        jobs = {pool.submit(_run_seed, run): run.seed for run in runs}
+        failed = []
+        for job in as_completed(jobs):
+            if error := job.exception():
+                failed.append(error)
+                # The other seeds end first, which can take hours.
+                print(f"seed {jobs[job]}: {error}", file=sys.stderr)
+    if failed:
+        raise failed[0]
     if only is None:
         summary = summarize(runs)
         home = runs[0].home

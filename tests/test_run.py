@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from benchmarks.__main__ import main as benchmarks
 from edge_ser import Recognizer
@@ -444,12 +446,8 @@ def test_folds_score_head_and_probe_on_the_same_clips(copy):
     assert not (copy / "out" / "folded" / "seed0" / "bundle").exists()
 
 
-def test_a_missed_gate_fails_and_names_classes_and_layers(copy, capsys):
-    """Calibration on one soft clip clips everything else: INT8 cannot hold the labels."""
-    graphs = copy / "out" / "teacher" / "seed0" / "quantize"
-    import onnx
-    from onnx import numpy_helper
-
+def spoil(graphs):
+    """Let INT8 hold a hundredth of what it has to: it cannot keep the labels."""
     for name in ("model_int8.onnx", "model_int8_x86.onnx"):
         model = onnx.load(graphs / name, load_external_data=False)
         for node in model.graph.node:
@@ -459,6 +457,10 @@ def test_a_missed_gate_fails_and_names_classes_and_layers(copy, capsys):
             smaller = numpy_helper.to_array(scale) * np.float32(0.01)
             scale.CopyFrom(numpy_helper.from_array(np.array(smaller), scale.name))
         onnx.save(model, graphs / name)
+
+
+def test_a_missed_gate_fails_and_names_classes_and_layers(copy, capsys):
+    spoil(copy / "out" / "teacher" / "seed0" / "quantize")
     line = failure(capsys, copy, "teacher", "--from", "certify")
     found = json.loads((copy / "out/teacher/seed0/certify.partial/certificate.json").read_text())
     assert not found["gate"]["int8"]["passed"]
@@ -471,6 +473,23 @@ def test_a_missed_gate_fails_and_names_classes_and_layers(copy, capsys):
         f"INT8 costs most in the layers {', '.join(layers)}"
     )
     assert not (copy / "out" / "teacher" / "seed0" / "bundle").exists()
+
+
+def test_a_seed_that_misses_its_gate_is_named_and_the_others_are_finished(home, tmp_path):
+    place = tmp_path / "home"
+    shutil.copytree(home, place, symlinks=True)
+    seeds = [place / "out" / "student" / f"seed{seed}" for seed in (0, 1)]
+    for folder in seeds:
+        for stage in ("certify", "bundle"):
+            shutil.rmtree(folder / stage)
+    spoil(seeds[0] / "quantize")
+    process = started(place, "student", "--seeds", "0,1")
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == 1
+    (told,) = [line for line in lines if line.startswith("seed ")]
+    assert told.startswith("seed 0: int8 keeps ")
+    assert lines[-1].endswith(told.removeprefix("seed 0: "))
+    assert [(folder / "bundle").is_dir() for folder in seeds] == [False, True]
 
 
 def test_an_unknown_key_is_one_line(copy, capsys):
