@@ -25,6 +25,7 @@ from onnxruntime.quantization import (
 )
 from tqdm import tqdm
 
+from edge_ser.bundle import INT8_GRAPH, X86_GRAPH
 from export.centre import centre
 from export.clip import clip_ranges
 from export.debias import correct_biases
@@ -181,21 +182,26 @@ def calibrate(
     return int8
 
 
-def write_int8(int8: onnx.ModelProto, folder: Path, given_back: Sequence[str] = ()) -> None:
-    """Write a signed Q/DQ graph as a bundle has it: in both forms, and the weights of both.
+def both_forms(
+    int8: onnx.ModelProto, given_back: Collection[str] = ()
+) -> dict[str, onnx.ModelProto]:
+    """Return a signed Q/DQ graph as ARM and GPUs run it and as x86 does, by the files' names.
 
     Args:
         int8: The graph.
-        folder: Takes the files.
         given_back: Layers that multiply float values in the signed form, and values of two parts in
             that for x86.
     """
-    save_with_shared_weights(
-        {
-            folder / "model_int8.onnx": with_float_sums(int8, given_back),
-            folder / "model_int8_x86.onnx": x86_form(int8, given_back),
-        }
-    )
+    return {
+        INT8_GRAPH: with_float_sums(int8, given_back),
+        X86_GRAPH: x86_form(int8, given_back),
+    }
+
+
+def write_int8(int8: onnx.ModelProto, folder: Path, given_back: Collection[str] = ()) -> None:
+    """Write `both_forms` as a bundle has them, and the weights of both."""
+    forms = both_forms(int8, given_back)
+    save_with_shared_weights({folder / name: form for name, form in forms.items()})
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class Within:
         int8: That with these: its factors and biases are made for them.
         given_back: Names of the layers that do not round what they read.
         alone: What the rounding of each layer costs alone, see `walk`.
-        left: What is left of the cost, see `apart`.
+        left: What is left of the cost, see `apart`: of the two forms, the worse.
     """
 
     exact: onnx.ModelProto
@@ -240,7 +246,12 @@ def quantize_within(
     expected = logits_of(fp32, judged)
 
     def left_of(int8: onnx.ModelProto, given_back: list[str]) -> dict[str, float]:
-        left = apart(expected, logits_of(x86_form(int8, given_back), judged))
+        forms = both_forms(int8, given_back).values()
+        each = [apart(expected, logits_of(form, judged)) for form in forms]
+        left = {
+            "labels_equal": min(one["labels_equal"] for one in each),
+            "divergence": max(one["divergence"] for one in each),
+        }
         tqdm.write(
             f"quantize: with {len(given_back)} layers given back {left['labels_equal']:.1%} of the "
             f"judged windows keep their label, answers are {left['divergence']:.1e} nats apart"
